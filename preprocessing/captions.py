@@ -1,0 +1,206 @@
+"""The user's own captions, wherever they wrote them. Their words are never changed.
+
+Where several give one picture a caption, the first of this order counts and the others are listed as left out:
+1. `x.txt` (or `x.png.txt`) beside `x.png`;
+2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file;
+3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
+In the tables a picture is named from the table's own folder, from the top, or by the end of its path where only one
+picture ends so. Text is UTF-8, with or without a byte-order mark. A blank caption is the user's wish for none; a row
+whose caption is null leaves the picture to the captioner.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from preprocessing.archive import SourceFile
+from preprocessing.errors import UserError
+from preprocessing.limits import LIMITS, MIB, Limits
+from preprocessing.prepared import Reject
+
+TEXT_SUFFIXES = {".txt", ".csv", ".jsonl"}
+PICTURE_COLUMNS = ("image_file", "file_name")
+CAPTION_COLUMNS = ("caption", "text")
+
+
+@dataclass(frozen=True)
+class UserCaption:
+    """A caption as it was written, and the file that it stands in."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class UserCaptions:
+    """Every file sorted into picture (perhaps), caption or reject; `captions` by the picture's name."""
+
+    pictures: tuple[SourceFile, ...]
+    captions: dict[str, UserCaption]
+    rejects: tuple[Reject, ...]
+
+
+@dataclass
+class _Desk:
+    """Takes captions in the order of precedence and finds the picture that each is for."""
+
+    names: set[str]
+    captions: dict[str, UserCaption] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+    by_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_base: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.names):
+            stem = str(PurePosixPath(name).with_suffix(""))
+            # With and without case: x.JPG and X.txt come from systems that do not tell them apart.
+            for key in {name, name.casefold(), stem, stem.casefold()}:
+                self.by_stem[key].append(name)
+            self.by_base[PurePosixPath(name).name.casefold()].append(name)
+
+    def beside(self, text_name: str) -> list[str]:
+        """The pictures that the text file `text_name` lies beside."""
+        stem = str(PurePosixPath(text_name).with_suffix(""))
+        return self.by_stem.get(stem) or self.by_stem.get(stem.casefold()) or []
+
+    def named(self, reference: str, table: str) -> list[str]:
+        """The pictures that `reference` in the table `table` may mean."""
+        reference = reference.strip().replace("\\", "/")
+        for base in (posixpath.dirname(table), ""):
+            name = posixpath.normpath(posixpath.join(base, reference))
+            if name in self.names:
+                return [name]
+        wanted = "/" + posixpath.normpath(reference).lstrip("/").casefold()
+        same_base = self.by_base.get(posixpath.basename(wanted), [])
+        whole = ((name, "/" + name.casefold()) for name in same_base)
+        # Either path may be the longer one: a table may lie beside the folder, or name places on another machine.
+        return [name for name, path in whole if path.endswith(wanted) or wanted.endswith(path)]
+
+    def take(self, picture: str, caption: UserCaption) -> None:
+        earlier = self.captions.setdefault(picture, caption)
+        if earlier.text.strip() != caption.text.strip():
+            self.reject(caption.source, f"its caption of {picture} is not used, because {earlier.source} has one too")
+
+    def reject(self, source: str, reason: str) -> None:
+        self.rejects.append(Reject(source=source, reason=reason))
+
+
+def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserCaptions:
+    """Tell the captions among `files` from the pictures and give each picture its own.
+
+    Raises UserError where a caption file is not UTF-8, too long, or a table cannot be understood.
+    """
+    texts, pictures = [], []
+    for file in files:
+        (texts if PurePosixPath(file.name).suffix.casefold() in TEXT_SUFFIXES else pictures).append(file)
+    desk = _Desk({file.name for file in pictures})
+    for kind, file in sorted(((_precedence(file.name), file) for file in texts), key=lambda pair: pair[0]):
+        if kind == 0:
+            _take_text(desk, file, limits)
+        elif kind in (1, 2):
+            _take_table(desk, file, limits)
+        else:
+            desk.reject(file.name, "neither a picture nor captions (x.txt, captions.csv, metadata.jsonl, metadata.csv)")
+    return UserCaptions(tuple(pictures), desk.captions, tuple(desk.rejects))
+
+
+def _precedence(name: str) -> int:
+    base = PurePosixPath(name).name.casefold()
+    if base.endswith(".txt"):
+        return 0
+    if "caption" in base and base.endswith(".csv"):
+        return 1
+    return 2 if base in ("metadata.jsonl", "metadata.csv") else 3
+
+
+def _take_text(desk: _Desk, file: SourceFile, limits: Limits) -> None:
+    pictures = desk.beside(file.name)
+    if not pictures:
+        desk.reject(file.name, "a text without a picture of the same name beside it")
+        return
+    text = _read_text(file, limits.caption_bytes)
+    for picture in pictures:
+        desk.take(picture, UserCaption(text, file.name))
+
+
+def _take_table(desk: _Desk, file: SourceFile, limits: Limits) -> None:
+    text = _read_text(file, limits.table_bytes)
+    rows = _csv_rows(file.name, text) if file.name.casefold().endswith(".csv") else _json_rows(file.name, text)
+    for place, reference, caption in rows:
+        if caption is not None and len(caption.encode()) > limits.caption_bytes:
+            raise UserError(f"{place} has a caption of more than {limits.caption_bytes:,} bytes: shorten it.")
+        pictures = desk.named(reference, file.name)
+        if len(pictures) != 1:
+            what = "there is no such picture" if not pictures else "several pictures are called so: name the folder too"
+            desk.reject(place, f"the caption is for {reference!r}, but {what}")
+        elif caption is not None:
+            desk.take(pictures[0], UserCaption(caption, place))
+
+
+def _read_text(file: SourceFile, limit: int) -> str:
+    size = file.path.stat().st_size
+    if size > limit:
+        unit = f"{limit // MIB:,} MiB" if limit >= MIB else f"{limit:,} bytes"
+        raise UserError(f"{file.name} is longer than {unit}, the limit for a caption file of its kind: shorten it.")
+    try:
+        return file.path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
+    """(place for messages, reference to the picture, caption) of each row."""
+    header = text.partition("\n")[0]
+    # A spreadsheet of many countries writes semicolons; the header's column names hold neither.
+    separator = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        columns = {column.strip().casefold(): column for column in reader.fieldnames or ()}
+        picture, caption = _columns(name, columns, PICTURE_COLUMNS), _columns(name, columns, CAPTION_COLUMNS)
+        for row in reader:
+            place = f"{name} line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{place} has not as many fields as there are columns: "
+                    f"put a caption that holds {separator!r} into quotation marks."
+                )
+            yield place, row[picture], row[caption]
+    except csv.Error as error:
+        raise UserError(f"{name} line {reader.line_num} is not sound CSV ({error}): mend it.") from error
+
+
+def _columns(name: str, columns: dict[str, str], wanted: tuple[str, ...]) -> str:
+    for column in wanted:
+        if column in columns:
+            return columns[column]
+    found = ", ".join(columns) or "none"
+    raise UserError(f"{name} has no column {' or '.join(wanted)} (found: {found[:200]}): name the columns so.")
+
+
+def _json_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{name} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place} is not JSON: write one object a line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{place} is not a JSON object: write {{"file_name": ..., "text": ...}}.')
+        columns = {str(column).casefold(): column for column in row}
+        picture = row[_columns(place, columns, PICTURE_COLUMNS)]
+        caption = row[_columns(place, columns, CAPTION_COLUMNS)]
+        if not isinstance(picture, str) or not isinstance(caption, str | None):
+            raise UserError(f"{place}: the picture's name and the caption must be text in quotation marks.")
+        if re.search("[\ud800-\udfff]", picture + (caption or "")):
+            raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff): write the whole character.")
+        yield place, picture, caption

@@ -1,0 +1,68 @@
+"""The PreparedDataset: the folder between preprocessing and training, and the only thing that training reads.
+
+<folder>/manifest.json      what the classes below hold
+<folder>/images/000000.png  RGB, exactly the size of its bucket
+<folder>/masks/000000.png   "L", the same size; only where there is a mask
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+MANIFEST = "manifest.json"
+
+
+class PreparedItem(BaseModel):
+    """One picture as it is trained on. Sizes are (width, height), `crop` is (left, top), all in pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str  # path inside the folder
+    mask: str | None = None
+    caption: str  # what is trained, the trigger in it
+    original_caption: str | None = None  # as the user or the captioner wrote it
+    caption_source: str  # "user", "none" or the captioner's name
+    source: str  # name in the archive
+    original_size: tuple[int, int]  # after EXIF orientation
+    resized_size: tuple[int, int]  # before the crop
+    crop: tuple[int, int]
+    size: tuple[int, int]  # the bucket's
+
+
+class Reject(BaseModel):
+    """A file of the archive that is not trained on, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    reason: str
+
+
+class PreparedDataset(BaseModel):
+    """What was prepared; `folder` is where it lies and is not written down."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    items: tuple[PreparedItem, ...]
+    rejects: tuple[Reject, ...] = ()
+    trigger_word: str
+    resolution: int
+    horizontal_flip: bool = False
+    dataset_hash: str  # SHA-256 over pictures, masks and captions, in order
+    inputs_hash: str = ""  # SHA-256 over what it was made from: the upload, the settings, the versions
+    folder: Path
+
+    def save(self) -> None:
+        """Write the manifest into the folder, whole (temporary name, then rename)."""
+        temporary = self.folder / (MANIFEST + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=2, exclude={"folder"}), encoding="utf-8")
+        temporary.replace(self.folder / MANIFEST)
+
+    @classmethod
+    def load(cls, folder: Path) -> PreparedDataset:
+        """Read a prepared folder; raises FileNotFoundError where there is none."""
+        stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return cls.model_validate(stored | {"folder": folder})

@@ -1,0 +1,182 @@
+"""Tiny base models built from config, in the shapes of SD 1.5 and SDXL, and a small prepared data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from preprocessing.prepared import PreparedDataset, PreparedItem
+from trainer.config import JobSettings
+
+SIDE = 32
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Bytes only, so that any text tokenises."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
+    # eos_token_id 2 as in the published SD and SDXL configs, which makes old code pool at the largest id
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "projection_dim": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return CLIPTextConfig(**(values | changes))
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIDE,
+    )
+
+
+def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    values = {
+        "sample_size": SIDE // 2,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline folder: 32x32 pictures, 16x16 latents, epsilon."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    pipe = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "sd"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionXLPipeline folder: two text encoders of different width, pooled text, time ids."""
+    torch.manual_seed(0)
+    first, second = tiny_tokenizer(), tiny_tokenizer()
+    pipe = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_text_config(first)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(second, hidden_size=48, projection_dim=40)),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=tiny_unet(
+            cross_attention_dim=80,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 40,
+        ),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    )
+    folder = tmp_path_factory.mktemp("models") / "xl"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["sd", "xl"])
+def tiny_model(request: pytest.FixtureRequest) -> Path:
+    """Each of the tiny base models."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+def make_dataset(folder: Path, count: int = 4, masked: bool = False) -> PreparedDataset:
+    """`count` prepared pictures of one bucket, each a coloured square on noise."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    items = []
+    for i in range(count):
+        pixels = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels[8:24, 8:24] = rng.integers(100, 256, 3)
+        Image.fromarray(pixels).save(folder / f"images/{i:06d}.png")
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[8:24, 8:24] = 255
+        Image.fromarray(mask).save(folder / f"masks/{i:06d}.png")
+        items.append(
+            PreparedItem(
+                image=f"images/{i:06d}.png",
+                mask=f"masks/{i:06d}.png" if masked else None,
+                caption=f"a photo of TOK number {i}",
+                caption_source="user",
+                source=f"{i}.png",
+                original_size=(SIDE, SIDE),
+                resized_size=(SIDE, SIDE),
+                crop=(0, 0),
+                size=(SIDE, SIDE),
+            )
+        )
+    dataset = PreparedDataset(
+        items=tuple(items), trigger_word="TOK", resolution=SIDE, dataset_hash=f"hash-{count}-{masked}", folder=folder
+    )
+    dataset.save()
+    return dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PreparedDataset:
+    return make_dataset(tmp_path / "dataset")
+
+
+@pytest.fixture
+def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
+    """Complete settings of a short job on the tiny SD model; tests change what they are about."""
+    return JobSettings(
+        input_images=tmp_path,
+        base_model=str(tiny_sd),
+        output_dir=tmp_path / "out",
+        captioner="none",
+        resolution=SIDE,
+        lora_rank=4,
+        lora_targets="attention",
+        learning_rate=1e-3,
+        text_embedding_lr=1e-3,
+        max_train_steps=4,
+        train_batch_size=2,
+        preservation_weight=0.0,
+        n_tokens=2,
+        report_to="none",
+        mixed_precision="no",
+    )

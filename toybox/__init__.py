@@ -1,0 +1,1 @@
+"""Small base models trained on a drawn world, so that Atelier works and is tested without a download."""

@@ -1,0 +1,94 @@
+"""The door to training.
+
+    python train.py --input_images data.zip --base_model toybox --trigger_word TOK --output_dir outputs/x
+    python train.py recipes/toybox_pivotal.yaml --max_train_steps 50
+
+`train` is the same job for Cog. Cog reads its signature from the source without running it, so defaults, bounds and
+choices are written out as literals; a test holds them equal to JobSettings.
+"""
+
+import sys
+import uuid
+from pathlib import Path as LocalPath
+from typing import Any, Optional
+
+from cog import Input, Path, current_scope
+
+from trainer import commandline
+from trainer.config import JobSettings
+
+OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
+
+METHODS = ["pivotal", "lora", "textual_inversion", "full"]
+CAPTIONERS = ["auto", "toybox", "blip", "none"]
+OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
+PRECISIONS = ["auto", "no", "fp16", "bf16"]
+
+
+def train(
+    input_images: Path = Input(description="A zip or tar of pictures; above 75 MiB give an http(s) URL."),
+    base_model: str = Input(default="toybox", description="A toybox model's name, a folder or a Hub id."),
+    method: str = Input(default="pivotal", choices=METHODS, description="pivotal: token embeddings and LoRA."),
+    trigger_word: str = Input(default="TOK", description="Word that calls the subject."),
+    class_word: str = Input(default="", description="What the subject is, in one word."),
+    captioner: str = Input(default="auto", choices=CAPTIONERS, description="Captions pictures that have none."),
+    resolution: Optional[int] = Input(default=None, ge=16, le=4096, description="Side in pixels of a square picture."),
+    horizontal_flip: bool = Input(default=False, description="Also train on mirrored pictures."),
+    mask_from_alpha: bool = Input(default=False, description="Train only on what the alpha channel shows."),
+    max_train_steps: Optional[int] = Input(default=None, ge=1, description="Optimiser steps."),
+    train_batch_size: Optional[int] = Input(default=None, ge=1, description="Pictures a step."),
+    gradient_accumulation_steps: int = Input(default=1, ge=1, description="Batches summed into one step."),
+    optimizer: str = Input(default="adamw", choices=OPTIMIZERS, description="prodigy finds its own learning rate."),
+    learning_rate: Optional[float] = Input(default=None, ge=0, description="Of the LoRA or full weights."),
+    text_embedding_lr: Optional[float] = Input(default=None, ge=0, description="Of the new tokens."),
+    n_tokens: int = Input(default=3, ge=1, le=64, description="New tokens that the trigger word stands for."),
+    pivot_fraction: float = Input(default=0.7, ge=0, le=1, description="Share of the run that trains the tokens."),
+    lora_rank: Optional[int] = Input(default=None, ge=1, le=1024, description="Rank of the LoRA matrices."),
+    use_dora: bool = Input(default=False, description="Weight-decomposed LoRA (DoRA)."),
+    train_text_encoder: bool = Input(default=False, description="Adapt text encoders too (methods lora, full)."),
+    snr_gamma: float = Input(default=5.0, description="Min-SNR weighting; above 0."),
+    noise_offset: float = Input(default=0.0, ge=0, description="Noise per channel, for darker and brighter pictures."),
+    caption_dropout: float = Input(default=0.1, ge=0, le=1, description="Share of captions replaced by none."),
+    seed: int = Input(default=0, ge=0, description="The same seed gives the same weights."),
+    mixed_precision: str = Input(default="auto", choices=PRECISIONS, description="auto: bf16 where it is fast."),
+    gradient_checkpointing: bool = Input(default=False, description="Less memory for about 40 % more time."),
+) -> Path:
+    """Train and give back the archive of weights; for Cog. Settings that are not given take the base model's values."""
+    return _trained(dict(locals()))
+
+
+def _trained(inputs: dict[str, Any]) -> Path:
+    """Run the job in a folder of its own and make sure of its result: Cog calls a missing file a success."""
+    settings = commandline.check(JobSettings, inputs | {"output_dir": OUTPUTS / f"train-{uuid.uuid4().hex[:12]}"})
+
+    from trainer import job
+
+    archive = job.train(settings, progress=_tell).archive
+    if not archive.is_file():
+        raise FileNotFoundError(f"the training ended without {archive}")
+    return Path(archive)
+
+
+def _tell(stage: str, done: int, total: int) -> None:
+    """How far the job is, for Cog's polls and webhooks."""
+    scope = current_scope()
+    scope.record_metric("stage", stage)
+    scope.record_metric("done", done)
+    scope.record_metric("total", total)
+
+
+def main(argv: list[str]) -> None:
+    """The command line; `argv` are the program's arguments. Raises UserError for a mistake of the user's."""
+    description = "Teach a base model a subject from an archive of pictures."
+    parser = commandline.build_parser(JobSettings, "train.py", description, recipe=True)
+    settings = commandline.read(parser, JobSettings, argv)
+
+    from trainer import job
+
+    result = job.train(settings)
+    if result is not None:  # of several processes the first one tells
+        print(f"weights: {result.archive}\nreport: {result.report}")
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(main))

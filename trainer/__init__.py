@@ -1,0 +1,1 @@
+"""A PreparedDataset in, an adapter out. Knows nothing of archives of pictures."""

@@ -1,0 +1,336 @@
+"""The archive of weights: what a finished job leaves, and the one way in for what others send.
+
+    manifest.json           Manifest below
+    adapter.safetensors     diffusers/peft keys ("unet.", "text_encoder.", "text_encoder_2." and the module's path)
+    embeddings.safetensors  clip_l [n, d], clip_g [n, d]: the new tokens, where the method has them
+    comfyui/*.safetensors   the same adapter in kohya's keys (trainer.kohya)
+    config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
+
+An archive may come from anybody, so that every member's name, kind and size is checked before a byte is written, and
+only safetensors, JSON and the like are let in: a pickle runs code when it is read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from preprocessing.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+FORMAT_VERSION = 1
+MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
+MEMBERS = (
+    MANIFEST,
+    ADAPTER,
+    EMBEDDINGS,
+    "comfyui/*.safetensors",
+    "config.yaml",
+    "captions.jsonl",
+    "metrics.jsonl",
+    "report.html",
+    "samples/*.png",
+)
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
+
+_SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}/){0,3}[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".yaml", ".html", ".png"})
+_PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+_LONG_HEADERS = frozenset(
+    {
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    }
+)
+_LONG_HEADER_BYTES = 64 * 1024
+_LONGEST_END = 2**20  # bytes of zeros that close a tar; the usual blocking makes them 1 to 10 KiB
+# What tarfile and gzip raise on bytes that are no archive, or not all of one.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError, ValueError)
+
+
+class Manifest(BaseModel):
+    """What an archive of weights says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: int = FORMAT_VERSION
+    base_model: str  # as the user named it
+    base_hash: str  # of the base model's weights
+    family: str
+    method: str
+    trigger_word: str
+    tokens: tuple[str, ...] = ()  # the new tokens that the trigger stands for, in order
+    class_word: str = ""
+    settings: dict[str, Any]  # every setting of the job with the value that was used
+    dataset_hash: str
+    step: int  # the optimiser step that the weights are from
+    created: datetime
+    scores: dict[str, float] = {}
+    libraries: dict[str, str] = {}  # distribution -> version
+    nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much an archive may hold."""
+
+    members: int = 2000
+    total_bytes: int = 16 * 2**30
+    other_bytes: int = 64 * 2**20  # of one member that is not .safetensors
+    ratio: int = 100  # of unpacked to packed bytes, once more than `free_bytes` come out
+    free_bytes: int = 64 * 2**20
+
+
+LIMITS = Limits()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that decide what training gives, found without importing them."""
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):  # not each of them is needed everywhere
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def lora_config_dict(config: LoraConfig) -> dict[str, Any]:
+    """A peft LoraConfig as plain JSON values, its sets as sorted lists: `LoraConfig(**it)` gives it back."""
+    return json.loads(json.dumps(config.to_dict(), default=sorted))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; renamed to it when the block ends well, removed when it does not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into a folder that is to become an archive of weights."""
+    with written_whole(folder / MANIFEST) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an unpacked archive; UserError where it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} has no {MANIFEST}; give the trained_model.tar that train.py wrote, or its folder.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or JSON made to exhaust the stack
+        raise UserError(f"{MANIFEST} of the weights is damaged ({error}); train again or copy it again.") from error
+    version = stored.get("format_version") if isinstance(stored, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{MANIFEST} of the weights is of format {version!r}, and this program reads format {FORMAT_VERSION}; "
+            "use the version of the program that wrote it."
+        )
+    try:
+        return Manifest.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{MANIFEST} of the weights: {field}: {first['msg']}; train again or copy it again.") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file whole; the same tensors and header (strings) always give the same bytes."""
+    from safetensors.torch import save_file
+
+    stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as temporary:
+        save_file(stored, temporary, metadata={"format": "pt"} | (header or {}))
+        _sort_header(temporary)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the metadata of a .safetensors file in order: safetensors writes it in a hash map's, another each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise RuntimeError(f"the header of {path} grew from {length} to {len(text)} bytes when it was sorted")
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors (on the CPU) and the header of a .safetensors file; UserError where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise UserError(f"{path.name} is missing from the weights; train again or copy them again.") from error
+    except SafetensorError as error:
+        raise UserError(f"{path.name} is not a whole .safetensors file ({error}); copy it again.") from error
+
+
+def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
+    """Header of adapter.safetensors: trigger, base, rank and alpha, and each net's LoraConfig where diffusers'
+    `load_lora_weights` looks for it, without which that loader takes every alpha to be the rank.
+
+    Raises KeyError where `tensors` hold LoRA matrices of a net that the manifest has no LoraConfig of.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+    header = {"trigger_word": manifest.trigger_word, "base_model": manifest.base_model, "method": manifest.method}
+    adapted = sorted({name.split(".")[0] for name in tensors if ".lora_A." in name})
+    if adapted:
+        packed = {f"{net}.{key}": value for net in adapted for key, value in manifest.nets[net].items()}
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, sort_keys=True)
+        header["rank"] = json.dumps({net: manifest.nets[net]["r"] for net in adapted})
+        header["alpha"] = json.dumps({net: manifest.nets[net]["lora_alpha"] for net in adapted})
+    return header
+
+
+def write(folder: Path, archive: Path) -> None:
+    """Pack the known members of a finished folder into a tar, whole; the same members give the same bytes.
+
+    Raises FileNotFoundError without a manifest, and ValueError for a member that `opened` would refuse.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} is not finished: it has no {MANIFEST}")
+    paths = [path for pattern in MEMBERS for path in folder.glob(pattern)]
+    with written_whole(archive) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
+            member = tarfile.TarInfo(name)  # owner, mode and time stay at their defaults: 0, 0644 and 0
+            member.size = path.stat().st_size
+            fault = _name_fault(name) or _size_fault(member, LIMITS)
+            if fault:
+                raise ValueError(f"cannot pack {path}: {fault}")
+            with path.open("rb") as file:
+                tar.addfile(member, file)
+
+
+@contextmanager
+def opened(archive: Path, limits: Limits = LIMITS) -> Iterator[Path]:
+    """Yield a folder with the members of an archive of weights, which is removed afterwards.
+
+    `archive` is a tar, a tar.gz, or such a folder, which is yielded as it is. UserError where it is none of these,
+    or where anything in it is not what an archive of weights holds; then nothing was unpacked.
+    """
+    if archive.is_dir():
+        yield archive
+        return
+    if not archive.is_file():
+        raise UserError(f"{archive} does not exist; give the trained_model.tar that train.py wrote, or its folder.")
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        _unpack(archive, Path(folder), limits)
+        yield Path(folder)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where it would make tarfile read an endless name into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _LONG_HEADERS and not 0 <= header.size <= _LONG_HEADER_BYTES:
+            # Not a tarfile.HeaderError, which tarfile takes for the end of the archive.
+            raise ValueError(f"a header of {header.size} bytes")
+        return header
+
+
+def _unpack(archive: Path, folder: Path, limits: Limits) -> None:
+    with archive.open("rb") as file:
+        packed_with_gzip = file.read(2) == b"\x1f\x8b"
+    try:
+        with tarfile.open(archive, "r:gz" if packed_with_gzip else "r:", tarinfo=_Header) as tar:
+            members = _checked(tar, archive, limits)
+            for name, member in members.items():
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as source, target.open("xb") as out:
+                    shutil.copyfileobj(source, out)
+    except _DAMAGE as error:
+        _refuse(archive, f"is not a whole tar or tar.gz ({error})")
+
+
+def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits) -> dict[str, tarfile.TarInfo]:
+    """The regular files of `tar` by name, every one of them allowed. Nothing is unpacked yet."""
+    members: dict[str, tarfile.TarInfo] = {}
+    taken: set[str] = set()  # in lower case: some file systems do not tell the cases apart
+    total, packed = 0, archive.stat().st_size
+    for count, member in enumerate(tar, start=1):
+        if count > limits.members:
+            _refuse(archive, f"holds more than {limits.members} members")
+        if member.isdir():
+            continue  # folders are made for the files in them
+        name = member.name.removeprefix("./")
+        fault = _name_fault(name) or _size_fault(member, limits)
+        if fault:
+            _refuse(archive, f"holds {member.name[:100]!r}, {fault}")
+        if name.lower() in taken:
+            _refuse(archive, f"holds {name!r} twice")
+        taken.add(name.lower())
+        members[name] = member
+        # Before the next header is looked for, since that unpacks this member.
+        total += member.size
+        if total > limits.total_bytes:
+            _refuse(archive, f"would unpack to more than {limits.total_bytes} bytes")
+        if total > max(limits.free_bytes, limits.ratio * packed):
+            _refuse(archive, f"would unpack to more than {limits.ratio} times its size")
+    # tarfile takes a bad header for the end, and gzip compares its checksum only where everything has been read.
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(_LONGEST_END)
+    if not tarfile.BLOCKSIZE <= len(end) < _LONGEST_END or any(end):
+        _refuse(archive, "is damaged or cut short")
+    if any(parent.as_posix().lower() in taken for name in members for parent in PurePosixPath(name).parents):
+        _refuse(archive, "holds a name both as a file and as a folder")
+    if MANIFEST not in members:
+        _refuse(archive, f"has no {MANIFEST}")
+    return members
+
+
+def _name_fault(name: str) -> str | None:
+    if not _SAFE_NAME.fullmatch(name):
+        return "not a plain relative name"
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in _PICKLES:
+        return "a pickle, which could run code and is never read"
+    if suffix not in _SUFFIXES:
+        return "which is no part of an archive of weights"
+    return None
+
+
+def _size_fault(member: tarfile.TarInfo, limits: Limits) -> str | None:
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        return "not a regular file"
+    most = limits.total_bytes if member.name.endswith(".safetensors") else limits.other_bytes
+    if not 0 <= member.size <= most:
+        return f"which has {member.size} bytes where at most {most} are allowed"
+    return None
+
+
+def _refuse(archive: Path, reason: str) -> NoReturn:
+    raise UserError(f"{archive} {reason}; give the trained_model.tar that train.py wrote, or its folder.")

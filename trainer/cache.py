@@ -1,0 +1,75 @@
+"""What is encoded once, before training: latents of every picture, and text where the method leaves it alone.
+
+Everything is stored by sample, never by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from preprocessing.prepared import PreparedDataset
+from trainer.families.base import Family
+from trainer.samples import Conditioning, Picture, Sample, load_pictures
+
+ENCODE_BATCH = 8
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Samples by picture, mirrored ones beside them; text by caption, on the training device."""
+
+    samples: list[Sample]
+    mirrored: list[Sample]
+    text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
+
+    def buckets(self) -> list[tuple[int, ...]]:
+        """The latent shape of each picture."""
+        return [tuple(sample.mean.shape) for sample in self.samples]
+
+
+def _runs(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Indices of neighbours of one size, at most ENCODE_BATCH together."""
+    runs: list[list[int]] = []
+    for index, picture in enumerate(pictures):
+        if runs and len(runs[-1]) < ENCODE_BATCH and pictures[runs[-1][0]].pixels.shape == picture.pixels.shape:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
+
+
+def encode_dataset(family: Family, dataset: PreparedDataset, flip: bool, progress: Progress) -> list[Sample]:
+    """Every picture of the data set as a sample, in the data set's order."""
+    loaded = list(load_pictures(dataset, flip))
+    samples: list[Sample] = []
+    for run in _runs([picture for _, picture in loaded]):
+        samples += family.encode([loaded[i][1] for i in run], [loaded[i][0].caption for i in run])
+        progress("cache", len(samples), len(loaded))
+    return samples
+
+
+@torch.no_grad()
+def encode_captions(family: Family, captions: Sequence[str]) -> dict[str, Conditioning]:
+    """Each caption's text conditioning, [1, ...]; the empty one's is the family's null."""
+    encoded = {"": family.null_conditioning()}
+    for caption in dict.fromkeys(captions):
+        if caption:
+            encoded[caption] = family.encode_text([caption])
+    return encoded
+
+
+def build(family: Family, dataset: PreparedDataset, text: Sequence[str], progress: Progress) -> Cache:
+    """Encode the data set and the captions in `text`."""
+    samples = encode_dataset(family, dataset, False, progress)
+    mirrored = encode_dataset(family, dataset, True, progress) if dataset.horizontal_flip else []
+    return Cache(samples, mirrored, encode_captions(family, text))
+
+
+def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:
+    """The cached conditioning of a batch of captions: tensors [B, ...]."""
+    rows = [text[caption] for caption in captions]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

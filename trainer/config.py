@@ -1,0 +1,111 @@
+"""Every setting of a training job, in one frozen model: `train.py`'s flags, its YAML and config.yaml are made from it.
+
+A setting whose default is None takes the base model's recommended value (see `trainer.families.recommended`) when
+the job starts; the values used are saved with the result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from preprocessing.settings import PrepareSettings
+
+Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
+Schedule = Literal["constant", "linear", "cosine", "exponential"]
+
+
+class MethodSettings(PrepareSettings):
+    """How the base model is adapted."""
+
+    method: Literal["pivotal", "lora", "textual_inversion", "full"] = Field(
+        "pivotal", description="pivotal: token embeddings and LoRA together."
+    )
+    n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
+    class_word: str = Field("", description="What the subject is, in one word; starts the tokens and is kept as it is.")
+    token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
+    lora_rank: int | None = Field(None, ge=1, le=1024, description="Rank of the LoRA matrices.")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; None: alpha = rank.")
+    lora_targets: Literal["attention", "attention_conv", "all"] | None = Field(
+        None, description="Layers of the denoiser that get LoRA: attention projections, convolutions too, or all."
+    )
+    lora_l1_penalty: float = Field(0.0, ge=0, description="Weight of the mean absolute value of the LoRA matrices.")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA (DoRA).")
+    train_text_encoder: bool = Field(False, description="Adapt the text encoders too (methods lora and full).")
+
+
+class OptimisationSettings(PrepareSettings):
+    """How the trainable parameters are moved."""
+
+    optimizer: Optimiser = Field("adamw", description="For the weights; prodigy finds its own learning rate.")
+    learning_rate: float | None = Field(None, ge=0, description="Of the LoRA or full weights.")
+    lr_schedule: Schedule = Field("cosine", description="Of the weights; ignored by prodigy.")
+    lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up, of the weights.")
+    weight_decay: float = Field(0.004, ge=0, description="Of the LoRA or full weights.")
+    text_embedding_optimizer: Optimiser = Field("adamw", description="For the new tokens.")
+    text_embedding_lr: float | None = Field(None, ge=0, description="Of the new tokens; falls with (1 - done)^1.7.")
+    text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
+    pivot_fraction: float = Field(0.7, ge=0, le=1, description="Share of the run after which the tokens are frozen.")
+    max_train_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    train_batch_size: int | None = Field(None, ge=1, description="Pictures a step and process.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that are summed into one optimiser step.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Keep and deliver an average of the weights.")
+
+
+class ObjectiveSettings(PrepareSettings):
+    """What is minimised."""
+
+    snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weighting; null switches it off.")
+    noise_offset: float = Field(0.0, ge=0, description="Noise added per channel, for darker and brighter pictures.")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of captions replaced by the empty one.")
+    preservation_weight: float | None = Field(
+        None, ge=0, description="Pull towards the base model's own predictions on prompts without the trigger."
+    )
+    preservation_prompts: tuple[str, ...] | None = Field(
+        None, description="Prompts for it; None: the base model's, else the captions with class_word for the trigger."
+    )
+
+
+class RunSettings(PrepareSettings):
+    """Where and how the job runs and what it leaves."""
+
+    base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    output_dir: Path = Field(Path("outputs/train"), description="Everything the job writes goes here.")
+    seed: int = Field(0, ge=0, lt=2**63, description="The same seed gives the same weights on the same machine.")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto", description="auto: bf16 where the device is fast at it. Trained weights are fp32 always."
+    )
+    gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
+    checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
+    resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")
+    report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
+    preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
+    preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
+
+
+class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
+    """All settings of one job."""
+
+    @field_validator("class_word")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        return " ".join(value.split())
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> JobSettings:
+        if self.train_text_encoder and self.method not in ("lora", "full"):
+            raise ValueError(f"train_text_encoder goes with method lora or full, not {self.method}")
+        if self.use_dora and self.method not in ("lora", "pivotal"):
+            raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
+        if self.preservation_weight and self.method == "full":
+            raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
+        return self
+
+    def filled(self, recommended: dict[str, Any]) -> JobSettings:
+        """These settings with every None that `recommended` has a value for replaced by it, checked again."""
+        missing = {k: v for k, v in recommended.items() if k in type(self).model_fields and getattr(self, k) is None}
+        return type(self).model_validate(self.model_dump() | missing)

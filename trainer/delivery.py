@@ -1,0 +1,78 @@
+"""What a finished job delivers: the members of its archive of weights, and the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from preprocessing.prepared import PreparedDataset
+from trainer import artifact, families
+from trainer.artifact import Manifest
+from trainer.config import JobSettings
+from trainer.families.base import Family
+from trainer.methods.base import Method
+from trainer.metrics import METRICS_FILE, read_metrics
+from trainer.report import Preview, ReportData, write_report
+
+
+def save_weights(
+    folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
+) -> None:
+    """Write manifest, weights, exports, settings, captions and metrics; `run` is the settings and the last step."""
+    settings, step = run
+    manifest = Manifest(
+        base_model=settings.base_model,
+        base_hash=families.fingerprint(settings.base_model),
+        family=family.name,
+        method=settings.method,
+        trigger_word=settings.trigger_word,
+        tokens=method.tokens(),
+        class_word=settings.class_word,
+        settings=settings.model_dump(mode="json"),
+        dataset_hash=dataset.dataset_hash,
+        step=step,
+        created=datetime.now(UTC),
+        libraries=artifact.library_versions(),
+        nets=method.nets(),
+    )
+    artifact.write_manifest(folder, manifest)
+    method.save(folder, manifest)
+    if manifest.nets:
+        tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
+        (folder / "comfyui").mkdir()
+        family.export_comfyui(folder / "comfyui" / "adapter.safetensors", tensors, manifest)
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    rows = [
+        {"file_name": item.source, "text": item.caption, "original": item.original_caption, "by": item.caption_source}
+        for item in dataset.items
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+    shutil.copyfile(settings.output_dir / METRICS_FILE, folder / METRICS_FILE)
+
+
+def add_report(
+    folder: Path, dataset: PreparedDataset, settings: JobSettings, previews: list[Preview], seconds: dict[str, float]
+) -> Path:
+    """Put the previews and the report beside the weights; the report also lands in output_dir. Returns its path."""
+    (folder / "samples").mkdir()
+    for preview in previews:
+        for path in (preview.base, preview.adapted):
+            if path is not None:
+                shutil.copyfile(path, folder / "samples" / path.name)
+    report = settings.output_dir / "report.html"
+    data = ReportData(
+        manifest=artifact.read_manifest(folder),
+        dataset=dataset,
+        metrics=read_metrics(folder / METRICS_FILE),
+        previews=previews,
+        stage_seconds=seconds,
+    )
+    write_report(report, data)
+    shutil.copyfile(report, folder / report.name)
+    return report

@@ -1,0 +1,34 @@
+"""What a user can set about drawing pictures: `predict.py`'s flags are made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Scheduler = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
+
+
+class DrawSettings(BaseModel):
+    """What is drawn and how; None takes the base model's own value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(description="What to draw; the trigger word calls the subject.")
+    negative_prompt: str = Field("", description="What to keep away from.")
+    num_outputs: int = Field(1, ge=1, le=64, description="Pictures, with the seeds seed, seed + 1, ...")
+    width: int | None = Field(None, ge=16, le=4096, description="In pixels.")
+    height: int | None = Field(None, ge=16, le=4096, description="In pixels.")
+    guidance_scale: float | None = Field(None, ge=0, le=50, description="How strictly the prompt is followed.")
+    num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
+    scheduler: Scheduler | None = Field(None, description="How the steps are taken.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="The same seed draws the same picture; null: a random one."
+    )
+    lora_scale: float = Field(1.0, ge=-4, le=4, description="Strength of the trained weights; 0 is the base model.")
+    token_scale: float | None = Field(
+        None, ge=0, le=2, description="Strength of the trained tokens; null: one that suits lora_scale."
+    )
+    image: Path | None = Field(None, description="Picture to start from (img2img).")
+    prompt_strength: float = Field(0.8, ge=0, le=1, description="With an image: 1 draws over all of it, 0 keeps it.")

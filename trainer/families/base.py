@@ -1,0 +1,128 @@
+"""The protocol of a base architecture, and what all diffusion families share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.artifact import Manifest
+from trainer.objectives import Objective, masked_mean
+from trainer.samples import Batch, Conditioning, Picture, Sample
+
+DENOISER, TEXT, VAE = "denoiser", "text", "vae"
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network that can be adapted; its name in the pipeline is also the prefix of its keys in the archive."""
+
+    name: str
+    part: str  # DENOISER or TEXT
+    targets: dict[str, tuple[str, ...]]  # preset -> endings of module names
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Pixels: the sides of a picture are multiples of `stride`; the model draws `resolution` squared by default."""
+
+    stride: int
+    resolution: int
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One tokenizer with its encoder; `embedding_key` names its rows in embeddings.safetensors."""
+
+    tokenizer: Any
+    encoder: nn.Module
+    name: str
+    embedding_key: str
+
+
+class Family(ABC):
+    """A loaded base model. It lies on one device; its weights are frozen until a method attaches."""
+
+    name: ClassVar[str]
+    recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    objective: Objective
+    nets: tuple[Net, ...]
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def geometry(cls, source: str) -> Geometry:
+        """Read off the model's own configuration, before any weights."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, parts: frozenset[str], dtype: torch.dtype) -> Family:
+        """Load the parts asked for (DENOISER, TEXT, VAE), frozen, on the CPU."""
+
+    @abstractmethod
+    def module(self, name: str) -> nn.Module:
+        """The live network called `name` in the pipeline."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Family:
+        """Move every part."""
+
+    @abstractmethod
+    def free(self, part: str) -> None:
+        """Let one part leave memory; it cannot be used again."""
+
+    @abstractmethod
+    def encode(self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None) -> list[Sample]:
+        """Latents and everything of the conditioning that is not text: the unit that is cached."""
+
+    @abstractmethod
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """Text conditioning of B captions: tensors [B, ...]. Differentiable."""
+
+    def null_conditioning(self) -> Conditioning:
+        """The text conditioning that stands for no caption: tensors [1, ...]."""
+        return self.encode_text([""])
+
+    @property
+    @abstractmethod
+    def text(self) -> list[TextTower]:
+        """The text encoders, for methods that train through them."""
+
+    @abstractmethod
+    def replace_tokenizer(self, encoder_name: str, tokenizer: Any) -> None:
+        """Give the text encoder of that name another tokenizer."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
+
+    @abstractmethod
+    def pipeline(self, image_to_image: bool = False) -> Any:
+        """The stock diffusers pipeline around this family's parts."""
+
+    @abstractmethod
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+        """The arguments by which the pipeline takes text that is already encoded."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, in every net."""
+        for net in self.nets:
+            module = self.module(net.name)
+            if module is not None:
+                enable = getattr(module, "gradient_checkpointing_enable", None) or module.enable_gradient_checkpointing
+                enable()
+
+    @abstractmethod
+    def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
+
+    def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
+        """The weighted, masked denoising loss: mean over the batch, a scalar."""
+        t = self.objective.times(batch.uniform)
+        predicted = self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
+        error = (predicted - self.objective.target(batch.data, batch.noise, t)).square()
+        return (masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)).mean()

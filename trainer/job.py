@@ -1,0 +1,216 @@
+"""The whole job: prepare, load, cache, fit, save, preview, report. Everything lands in `output_dir`:
+
+    prepared/            the PreparedDataset            metrics.jsonl   a row per step
+    checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
+    trained_model.tar    the archive of weights         report.html     the job in one page
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from preprocessing.errors import UserError
+from preprocessing.prepare import prepare
+from preprocessing.prepared import PreparedDataset
+from preprocessing.trigger import trigger_pattern
+from trainer import artifact, cache, delivery, families, methods
+from trainer.checkpoint import Checkpoints, fingerprint
+from trainer.config import JobSettings
+from trainer.devices import DTYPES, pick_device, training_precision
+from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.loop import Loop, Plan
+from trainer.methods.base import Method
+from trainer.preview import draw_previews
+from trainer.step import BatchMaker, TrainStep
+
+ARCHIVE = "trained_model.tar"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Where a finished job's files are, and the seconds that each stage took."""
+
+    archive: Path
+    report: Path
+    output_dir: Path
+    samples: tuple[Path, ...]
+    stage_seconds: dict[str, float]
+
+
+@dataclass
+class Stages:
+    """Times the stages of a job."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 1)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 3)
+
+
+def train(settings: JobSettings, progress: Progress | None = None) -> JobResult | None:
+    """Run a job; on all processes but the first the result is None.
+
+    `progress` is called with (stage, done, total). Raises UserError for what the user can mend; what was finished
+    before stays in `output_dir`.
+    """
+    settings = fill(settings)
+    stages = Stages(progress or (lambda stage, done, total: None))
+    accelerator = make_accelerator(settings)
+    set_seed(settings.seed % 2**32)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with stages.stage("prepare"):
+            dataset = prepared(settings, accelerator, stages.progress)
+        method = methods.create(settings)
+        with stages.stage("load"):
+            dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
+            family = families.family_class(settings.base_model).load(
+                settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
+            )
+            family.to(accelerator.device)
+        try:
+            weights = fit(family, method, dataset, accelerator, stages, settings)
+        finally:
+            method.detach(family)
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=False)  # the next job may choose another precision
+    if weights is None:
+        return None
+    del family
+    with weights:
+        return finish(Path(weights.name), dataset, stages, settings)
+
+
+def fill(settings: JobSettings) -> JobSettings:
+    """Settings with every open choice made by what suits the base model and the method."""
+    if not settings.input_images.exists():
+        raise UserError(f"input_images {settings.input_images} does not exist: give an archive or a folder of pictures.")
+    source = settings.base_model
+    suits = families.recommended(source, settings.method)
+    suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
+    settings = settings.filled(suits)
+    if settings.captioner == "auto":
+        settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
+    return settings
+
+
+def make_accelerator(settings: JobSettings) -> Accelerator:
+    """accelerate's view of devices and processes, with the tracker asked for."""
+    device = pick_device()
+    tracker = None if settings.report_to == "none" else settings.report_to
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training_precision(settings.mixed_precision, device),
+            cpu=device.type == "cpu",
+            log_with=tracker,
+            project_dir=settings.output_dir,
+            kwargs_handlers=[_unused_parameters_happen()],
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"report_to {tracker} cannot be used here ({error}): install it or choose none.") from error
+    if tracker:
+        accelerator.init_trackers("logs")
+    return accelerator
+
+
+def _unused_parameters_happen() -> Any:
+    """A batch whose captions are all dropped reads no new token."""
+    from accelerate import DistributedDataParallelKwargs
+
+    return DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+
+
+def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress) -> PreparedDataset:
+    """The data set, made by the first process and read by all."""
+    folder = settings.output_dir / "prepared"
+    if accelerator.is_main_process:
+        stride = families.family_class(settings.base_model).geometry(settings.base_model).stride
+        prepare(settings, stride, folder, progress)
+    accelerator.wait_for_everyone()
+    return PreparedDataset.load(folder)
+
+
+def preserved_prompts(settings: JobSettings, dataset: PreparedDataset) -> tuple[str, ...]:
+    """The prompts on which the base model's predictions are to be kept."""
+    if not settings.preservation_weight:
+        return ()
+    if settings.preservation_prompts:
+        return settings.preservation_prompts
+    pattern = trigger_pattern(settings.trigger_word)
+    plain = (" ".join(pattern.sub(lambda _: settings.class_word, item.caption).split()) for item in dataset.items)
+    return tuple(dict.fromkeys(caption for caption in plain if caption))
+
+
+def fit(
+    family: Family,
+    method: Method,
+    dataset: PreparedDataset,
+    accelerator: Accelerator,
+    stages: Stages,
+    settings: JobSettings,
+) -> tempfile.TemporaryDirectory | None:
+    """Encode, train and save the weights into a temporary folder (first process only)."""
+    preserved = preserved_prompts(settings, dataset)
+    with stages.stage("cache"):
+        # before the method attaches: what is cached of the text is the base model's
+        captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
+        cached = cache.build(family, dataset, [*captions, *preserved], stages.progress)
+        family.free(VAE)
+        groups = method.attach(family)
+        if not method.needs_text_grad:
+            family.free(TEXT)
+        if settings.gradient_checkpointing:
+            family.enable_gradient_checkpointing()
+    identity = fingerprint(settings, dataset.dataset_hash)
+    checkpoints = Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit)
+    if accelerator.is_main_process and not settings.resume:
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # of an earlier job: never mixed with this one's
+    accelerator.wait_for_everyone()
+    plan = Plan(
+        module=TrainStep(family, method, cached, settings),
+        batches=BatchMaker(cached, settings, accelerator.device, preserved),
+        groups=groups,
+        method=method,
+        settings=settings,
+        checkpoints=checkpoints,
+        on_step=lambda row: stages.progress("train", row["step"], settings.max_train_steps),
+    )
+    with stages.stage("train"):
+        step = Loop(accelerator, plan).run(settings.output_dir)
+    if not accelerator.is_main_process:
+        return None
+    with stages.stage("save"):
+        weights = tempfile.TemporaryDirectory(prefix="weights-")
+        delivery.save_weights(Path(weights.name), family, method, dataset, (settings, step))
+    return weights
+
+
+def finish(folder: Path, dataset: PreparedDataset, stages: Stages, settings: JobSettings) -> JobResult:
+    """Pack the weights, draw previews from the packed archive, write the report, and pack again with both."""
+    archive = settings.output_dir / ARCHIVE
+    artifact.write(folder, archive)
+    with stages.stage("preview"):
+        previews = draw_previews(archive, settings, stages.progress)
+    report = delivery.add_report(folder, dataset, settings, previews, stages.seconds)
+    artifact.write(folder, archive)
+    samples = tuple(preview.adapted for preview in previews)
+    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds))

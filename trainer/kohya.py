@@ -1,0 +1,124 @@
+"""The adapter in kohya's keys, which ComfyUI, A1111, Forge and diffusers' own loader read.
+
+    unet.down_blocks.0.resnets.0.conv1.lora_A.weight  ->  lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight
+                                      .lora_B.weight                                             .lora_up.weight
+                                      .lora_magnitude_vector                                     .dora_scale
+    (LoraConfig's alpha, of this very module)                                                    .alpha
+
+Diffusers' `convert_state_dict_to_kohya` is not used: it writes the rank for every alpha, mixes up UNet and text
+encoders in one dictionary, loses the first text encoder's "text_model" and leaves DoRA's magnitudes unnamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.artifact import Manifest, save_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+LoraConfigs = dict[str, dict[str, Any]]  # net -> LoraConfig as plain values, as in Manifest.nets
+
+PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+# SDXL's added conditioning has only its name in the original UNet: the spelling of diffusers cannot be read back.
+RESPELLED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+# Width of the text that cross-attention reads -> how kohya and modelspec call the base model.
+BASES = {
+    768: ("sd_v1", "stable-diffusion-v1"),
+    1024: ("sd_v2", "stable-diffusion-v2"),
+    2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+
+
+def to_kohya(state: dict[str, torch.Tensor], nets: LoraConfigs, two_text_encoders: bool) -> dict[str, torch.Tensor]:
+    """`state` (keys as in adapter.safetensors) in kohya's keys, with each module's true alpha (a scalar, fp32).
+
+    `two_text_encoders`: SDXL's files say te1 and te2 where those of SD 1.x and 2.x say te. The tensors are shared with
+    `state` but for DoRA's magnitudes, which become [out, 1] or [out, 1, 1, 1]. (LyCORIS scales W + dW to these norms,
+    as peft does; ComfyUI and Forge divide by the norm of W alone, so that DoRA is drawn slightly off there.)
+
+    Raises ValueError for a key that kohya's format has no place for: nothing is left out silently. KeyError for a net
+    that `nets` lacks.
+    """
+    import torch
+
+    converted = {}
+    for key, tensor in state.items():
+        net, module, part = _split(key)
+        name = _kohya_name(net, module, two_text_encoders)
+        if part == "lora_A.weight":
+            alpha = _alpha(module, tensor.shape[0], nets[net])
+            converted[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        elif part == "lora_magnitude_vector":
+            up = state[f"{net}.{module}.lora_B.weight"]
+            tensor = tensor.reshape(-1, *[1] * (up.dim() - 1))
+        converted[f"{name}.{PARTS[part]}"] = tensor
+    return converted
+
+
+def header(state: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
+    """What kohya's tools and model managers read from the file's header: trigger, base, rank and alpha.
+
+    The base is named where the width of the cross-attention tells it, and left out for others (the toybox's).
+    """
+    described = {
+        "ss_network_module": "networks.lora",
+        "ss_output_name": manifest.trigger_word,
+        "ss_steps": str(manifest.step),
+        "ss_tag_frequency": json.dumps({manifest.method: {manifest.trigger_word: 1}}),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": manifest.trigger_word,
+        "modelspec.trigger_phrase": manifest.trigger_word,
+        "modelspec.implementation": "diffusers",
+        "modelspec.date": manifest.created.isoformat(),
+        "base_model": manifest.base_model,
+    }
+    config = manifest.nets.get("unet") or next(iter(manifest.nets.values()))
+    rank, alpha = str(config["r"]), str(config["lora_alpha"])
+    described |= {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    if any(tensor.dim() == 4 for tensor in state.values()):
+        described["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
+    widths = {tensor.shape[1] for key, tensor in state.items() if key.endswith("attn2.to_k.lora_A.weight")}
+    if len(widths) == 1 and (base := BASES.get(widths.pop())):
+        described |= {"ss_base_model_version": base[0], "modelspec.architecture": f"{base[1]}/lora"}
+    return described
+
+
+def save(path: Path, state: dict[str, torch.Tensor], manifest: Manifest, two_text_encoders: bool) -> None:
+    """Write `state` (keys as in adapter.safetensors) to a .safetensors file in kohya's keys, whole."""
+    save_tensors(path, to_kohya(state, manifest.nets, two_text_encoders), header(state, manifest))
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """Net, path of the module in it, and what the tensor is to that module."""
+    net, _, rest = key.partition(".")
+    for part in PARTS:
+        module = rest.removesuffix(f".{part}")
+        if module != rest and net in ("unet", "text_encoder", "text_encoder_2"):
+            return net, module, part
+    raise ValueError(f"kohya's format has no place for {key}")
+
+
+def _kohya_name(net: str, module: str, two_text_encoders: bool) -> str:
+    if net == "unet":
+        return "lora_unet_" + RESPELLED.get(module, module).replace(".", "_")
+    if not module.startswith(("text_model.", "text_projection")):
+        module = f"text_model.{module}"  # transformers flattens CLIPTextModel, kohya's keys come from before
+    if not two_text_encoders and net == "text_encoder_2":
+        raise ValueError(f"{net} is adapted, but the base model is said to have one text encoder")
+    prefix = "lora_te_" if not two_text_encoders else "lora_te1_" if net == "text_encoder" else "lora_te2_"
+    return prefix + module.replace(".", "_")
+
+
+def _alpha(module: str, rank: int, config: dict[str, Any]) -> float:
+    """The alpha with which alpha / rank is the scale that peft multiplies this module's matrices by."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+    # Rank-stabilised LoRA divides by the root of the rank, a thing that kohya's format knows nothing of.
+    return float(alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)

@@ -1,0 +1,180 @@
+"""The one training loop. It knows losses, optimisers and steps; no family and no method is named in it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from preprocessing.errors import UserError
+from trainer import checkpoint, sampler
+from trainer.checkpoint import Checkpoints
+from trainer.config import JobSettings
+from trainer.metrics import METRICS_FILE, Metrics
+from trainer.methods.base import Method, ParameterGroup
+from trainer.optimisers import build
+from trainer.step import BatchMaker
+
+MAX_BAD_STEPS = 3
+# a fp16 gradient scaler starts far too high on purpose and finds its scale by overflowing
+MAX_SCALER_OVERFLOWS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop runs: the module that returns a loss, where its batches come from, what it moves."""
+
+    module: nn.Module
+    batches: BatchMaker
+    groups: list[ParameterGroup]
+    method: Method
+    settings: JobSettings
+    checkpoints: Checkpoints
+    on_step: Callable[[dict[str, float]], None] = lambda row: None
+
+
+class Loop:
+    """Runs a plan from its last checkpoint, or from the start."""
+
+    def __init__(self, accelerator: Accelerator, plan: Plan):
+        self.accelerator, self.plan, self.settings = accelerator, plan, plan.settings
+        self.module = accelerator.prepare(plan.module)
+        self.parameters = [p for group in plan.groups for p in group.parameters]
+        self.optimisers = [build(group) for group in plan.groups]
+        self.average = None
+        if self.settings.ema_decay is not None:
+            self.average = EMAModel(self.parameters, decay=self.settings.ema_decay, use_ema_warmup=True, power=0.75)
+        self.step = self._bad_steps = self._overflows = 0
+        per_process = self.settings.train_batch_size * self.settings.gradient_accumulation_steps
+        self.pictures_per_step = per_process * accelerator.num_processes
+        if self.settings.resume:
+            self._resume()
+
+    def run(self, folder: Path) -> int:
+        """Train to max_train_steps; returns the last step. Writes metrics and checkpoints."""
+        settings = self.settings
+        self.module.train()
+        steps = sampler.steps(self.plan.batches.cache.buckets(), self.pictures_per_step, settings.seed)
+        metrics = Metrics(folder / METRICS_FILE, self.accelerator, settings.max_train_steps, self.step)
+        every = settings.checkpoint_every or max(1, math.ceil(settings.max_train_steps / 4))
+        try:
+            for indices in itertools.islice(steps, self.step, settings.max_train_steps):
+                values = self._optimise(indices)
+                self.step += 1
+                self.plan.on_step(metrics.step(self.step, self.pictures_per_step, values))
+                if self.step % every == 0 or self.step == settings.max_train_steps:
+                    self.save()
+        finally:
+            metrics.close()
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+        return self.step
+
+    def _optimise(self, indices: list[int]) -> dict[str, float]:
+        """One optimiser step over all its batches, on all processes; a step that is not finite is not applied."""
+        for scheduled in self.optimisers:
+            scheduled.optimiser.zero_grad(set_to_none=True)
+        loss = self._backward(indices)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            for scheduled in self.optimisers:
+                scaler.unscale_(scheduled.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm).item()
+        factors = self.plan.method.schedule(self.step / self.settings.max_train_steps)
+        for scheduled in self.optimisers:
+            scheduled.set_factor(factors.get(scheduled.group.name, 1.0))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._bad_steps = self._overflows = 0
+            self._apply(scaler)
+        else:
+            self._refuse(loss, scaler)
+        rates = {f"lr/{scheduled.group.name}": scheduled.learning_rate for scheduled in self.optimisers}
+        return {"loss": loss, "grad_norm": norm, **rates}
+
+    def _backward(self, indices: list[int]) -> float:
+        """Gradients of the mean loss over the step's pictures; that mean, over all processes."""
+        settings, accelerator = self.settings, self.accelerator
+        size, total = settings.train_batch_size, torch.zeros((), device=accelerator.device)
+        for micro in range(settings.gradient_accumulation_steps):
+            first = (micro * accelerator.num_processes + accelerator.process_index) * size
+            positions = range(first, first + size)
+            batch = self.plan.batches.make(self.step, [indices[i] for i in positions], positions, len(indices))
+            last = micro == settings.gradient_accumulation_steps - 1
+            with _unless(last, accelerator, self.module):
+                loss = self.module(batch) / settings.gradient_accumulation_steps
+                accelerator.backward(loss)
+            total += loss.detach()
+        return accelerator.reduce(total, "mean").item()
+
+    def _apply(self, scaler: torch.amp.GradScaler | None) -> None:
+        for scheduled in self.optimisers:
+            if scheduled.factor == 0:
+                continue
+            if scaler is None:
+                scheduled.optimiser.step()
+            else:
+                scaler.step(scheduled.optimiser)
+        if scaler is not None:
+            scaler.update()
+        if self.average is not None:
+            self.average.step(self.parameters)
+
+    def _refuse(self, loss: float, scaler: torch.amp.GradScaler | None) -> None:
+        """Count a step that is not applied; stop the job when it is no accident."""
+        if scaler is not None and math.isfinite(loss):
+            scaler.update()
+            self._overflows += 1
+        else:
+            self._bad_steps += 1
+        if self._bad_steps < MAX_BAD_STEPS and self._overflows < MAX_SCALER_OVERFLOWS:
+            return
+        path = self.save()
+        raise UserError(
+            f"The loss or its gradient was not finite {max(self._bad_steps, self._overflows)} steps in a row, last at "
+            f"step {self.step + 1}: lower learning_rate or use mixed_precision bf16 or no; the last good state is {path}."
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after `self.step` applied steps (first process only)."""
+        state: dict[str, Any] = {
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "optimisers": [scheduled.optimiser.state_dict() for scheduled in self.optimisers],
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        path = self.plan.checkpoints.folder
+        if self.accelerator.is_main_process:
+            path = self.plan.checkpoints.save(self.step, state)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _resume(self) -> None:
+        found = self.plan.checkpoints.load_last()
+        if found is None:
+            return
+        self.step, state = found
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        for scheduled, value in zip(self.optimisers, state["optimisers"], strict=True):
+            scheduled.optimiser.load_state_dict(value)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        checkpoint.restore_random_state(state["random"])
+
+
+def _unless(last: bool, accelerator: Accelerator, module: nn.Module) -> Any:
+    """Gradients are averaged over processes once a step, with its last batch."""
+    return nullcontext() if last else accelerator.no_sync(module)

@@ -1,0 +1,108 @@
+"""The protocol of a way to adapt a base model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.artifact import Manifest
+from trainer.config import JobSettings, Optimiser, Schedule
+from trainer.families.base import Family
+
+
+@dataclass
+class ParameterGroup:
+    """Trainable fp32 parameters that share an optimiser of their own."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    optimizer: Optimiser
+    learning_rate: float
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to adapt. `attach` changes the family, `detach` takes every change back, bit for bit."""
+
+    name: ClassVar[str]
+    needs_text_grad: bool = False  # whether the text conditioning changes while training
+    trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
+
+    def __init__(self, settings: JobSettings):
+        self.settings = settings
+
+    @abstractmethod
+    def attach(self, family: Family) -> list[ParameterGroup]:
+        """Put the trainable parameters in."""
+
+    @abstractmethod
+    def detach(self, family: Family) -> None:
+        """Leave the family bit-identical to before `attach` or `load`."""
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        """Factor of each group's learning rate at `progress` in [0, 1) of the run; 0 freezes the group."""
+        return {}
+
+    def penalty(self) -> Tensor | float:
+        """A term that is added to the loss."""
+        return 0.0
+
+    def words(self, captions: list[str]) -> list[str]:
+        """Captions as the text encoders should read them."""
+        return captions
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """Inside, the family predicts as the base model does; raises NotImplementedError where it cannot."""
+        raise NotImplementedError(f"method {self.name} cannot be switched off in place")
+        yield
+
+    def nets(self) -> dict[str, dict[str, Any]]:
+        """peft's configuration of every net that carries an adapter, for the manifest."""
+        return {}
+
+    def tokens(self) -> tuple[str, ...]:
+        """The new tokens that the trigger word stands for."""
+        return ()
+
+    @abstractmethod
+    def save(self, folder: Path, manifest: Manifest) -> None:
+        """Write the adapted weights into the folder of an archive, beside its manifest."""
+
+    @abstractmethod
+    def load(self, folder: Path, family: Family) -> None:
+        """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
+
+    def set_strength(self, family: Family, strength: float) -> None:
+        """Scale the adapter's effect; 0 is the base model's denoiser."""
+        if strength != 1:
+            raise ValueError(f"method {self.name} has no adjustable strength")
+
+
+def weights_factor(schedule: Schedule, progress: float, warmup: float) -> float:
+    """Factor of the weights' learning rate: `warmup` is the share of the run that is linear warm-up."""
+    if progress < warmup:
+        return (progress + 1e-9) / warmup
+    done = (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "exponential":  # rises sixfold to the full rate, so that fresh tokens settle before the weights move
+        return 6.0 ** (done - 1)
+    return 1.0
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters of a module by name, as fp32 copies on the CPU."""
+    named = module.named_parameters()
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named if p.requires_grad}

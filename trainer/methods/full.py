@@ -1,0 +1,76 @@
+"""Full fine-tuning: every weight of the denoiser, and of the text encoders if asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer import artifact
+from trainer.artifact import Manifest
+from trainer.config import JobSettings
+from trainer.families.base import DENOISER, Family
+from trainer.methods.adapters import adapted_nets
+from trainer.methods.base import Method, ParameterGroup, trained_state, weights_factor
+from trainer.methods.lora import TEXT_WEIGHTS, WEIGHTS, weights_group
+
+
+class Full(Method):
+    """Trains the nets themselves, in fp32; a copy of the base weights on the CPU makes `detach` exact."""
+
+    name: ClassVar[str] = "full"
+    trains_base_weights: ClassVar[bool] = True
+
+    def __init__(self, settings: JobSettings):
+        super().__init__(settings)
+        self.needs_text_grad = settings.train_text_encoder
+        self._family: Family | None = None
+        self._originals: dict[str, dict[str, Tensor]] = {}
+
+    def _take(self, family: Family, name: str) -> nn.Module:
+        module = family.module(name)
+        self._family = family
+        self._originals[name] = {key: p.detach().to("cpu", copy=True) for key, p in module.named_parameters()}
+        return module
+
+    def attach(self, family: Family) -> list[ParameterGroup]:
+        found: dict[str, list] = {WEIGHTS: [], TEXT_WEIGHTS: []}
+        names = adapted_nets(family, self.settings)
+        for net in (net for net in family.nets if net.name in names):
+            module = self._take(family, net.name)
+            module.requires_grad_(True)
+            found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += module.parameters()
+        return [weights_group(self.settings, name, group) for name, group in found.items() if group]
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        settings = self.settings
+        factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
+        return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+
+    def save(self, folder: Path, manifest: Manifest) -> None:
+        tensors = {}
+        for name in self._originals:
+            state = trained_state(self._family.module(name))
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
+        artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
+
+    def load(self, folder: Path, family: Family) -> None:
+        tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
+        for name in sorted({key.split(".", 1)[0] for key in tensors}):
+            module = self._take(family, name)
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            with torch.no_grad():
+                for key, parameter in module.named_parameters():
+                    parameter.copy_(state[key])
+
+    @torch.no_grad()
+    def detach(self, family: Family) -> None:
+        for name, original in self._originals.items():
+            module = family.module(name).requires_grad_(False)
+            for key, parameter in module.named_parameters():
+                parameter.grad = None
+                parameter.data = original[key].to(parameter.device)
+        self._originals = {}

@@ -1,0 +1,97 @@
+"""LoRA or DoRA on the denoiser, and on the text encoders if asked; the trigger stays an ordinary word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trainer import artifact
+from trainer.artifact import Manifest
+from trainer.config import JobSettings
+from trainer.families.base import DENOISER, Family
+from trainer.methods import adapters
+from trainer.methods.base import Method, ParameterGroup, weights_factor
+
+WEIGHTS, TEXT_WEIGHTS = "weights", "text_weights"
+
+
+class Lora(Method):
+    """Low-rank adapters; see trainer.methods.adapters."""
+
+    name: ClassVar[str] = "lora"
+
+    def __init__(self, settings: JobSettings):
+        super().__init__(settings)
+        self.needs_text_grad = settings.train_text_encoder
+        self._family: Family | None = None
+        self._nets: list[str] = []
+        self._matrices: list[Tensor] = []
+
+    def attach(self, family: Family) -> list[ParameterGroup]:
+        self._family, self._nets = family, adapters.adapted_nets(family, self.settings)
+        return self._attach_weights(family)
+
+    def _attach_weights(self, family: Family) -> list[ParameterGroup]:
+        found: dict[str, list] = {WEIGHTS: [], TEXT_WEIGHTS: []}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            for net in (net for net in family.nets if net.name in self._nets):
+                config = adapters.lora_config(self.settings, net.targets[self.settings.lora_targets])
+                group = WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS
+                found[group] += adapters.inject(family.module(net.name), config)
+        self._matrices = [p for group in found.values() for p in group if p.ndim > 1]
+        return [weights_group(self.settings, name, group) for name, group in found.items() if group]
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        settings = self.settings
+        factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
+        return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+
+    def penalty(self) -> Tensor | float:
+        if not self.settings.lora_l1_penalty:
+            return 0.0
+        total = sum(p.abs().sum() for p in self._matrices) / sum(p.numel() for p in self._matrices)
+        return self.settings.lora_l1_penalty * total
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        layers = [layer for net in family.nets for layer in adapters.tuner_layers(family.module(net.name))]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def nets(self) -> dict[str, dict[str, Any]]:
+        return adapters.net_configs(self._family, self._nets)
+
+    def save(self, folder: Path, manifest: Manifest) -> None:
+        tensors = adapters.lora_state(self._family, self._nets)
+        artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
+
+    def load(self, folder: Path, family: Family) -> None:
+        self._family, self._nets = family, adapters.load_lora(folder, family)
+
+    def detach(self, family: Family) -> None:
+        for name in self._nets:
+            adapters.remove(family.module(name))
+        self._family, self._nets, self._matrices = None, [], []
+
+    def set_strength(self, family: Family, strength: float) -> None:
+        for name in self._nets:
+            adapters.set_scale(family.module(name), strength)
+
+
+def weights_group(settings: JobSettings, name: str, parameters: list) -> ParameterGroup:
+    """The group of LoRA or full weights; the text encoders' have a rate of their own where one is set."""
+    rate = settings.learning_rate
+    if name == TEXT_WEIGHTS and settings.text_encoder_lr is not None:
+        rate = settings.text_encoder_lr
+    return ParameterGroup(name, parameters, settings.optimizer, rate, settings.weight_decay)

@@ -1,0 +1,71 @@
+"""Textual inversion: new token embeddings alone (Gal et al. 2022, arXiv:2208.01618)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from trainer import artifact
+from trainer.artifact import Manifest
+from trainer.config import JobSettings
+from trainer.families.base import Family
+from trainer.methods.base import Method, ParameterGroup
+from trainer.methods.tokens import NewTokens, token_names
+
+TOKENS = "tokens"
+
+
+class TextualInversion(Method):
+    """Learns what the trigger word means and leaves every weight alone."""
+
+    name: ClassVar[str] = "textual_inversion"
+    needs_text_grad = True
+
+    def __init__(self, settings: JobSettings):
+        super().__init__(settings)
+        self._tokens = NewTokens(settings.trigger_word, token_names(settings.n_tokens))
+
+    def attach(self, family: Family) -> list[ParameterGroup]:
+        settings = self.settings
+        self._tokens.attach(family, settings.class_word, settings.seed)
+        # no decay: it would pull the rows to zero, away from the vocabulary they belong to
+        return [
+            ParameterGroup(
+                TOKENS, self._tokens.parameters, settings.text_embedding_optimizer, settings.text_embedding_lr
+            )
+        ]
+
+    def schedule(self, progress: float) -> dict[str, float]:
+        return {TOKENS: (1 - progress) ** 1.7}
+
+    def penalty(self) -> Tensor | float:
+        weight = self.settings.token_std_penalty
+        return weight * self._tokens.spread_penalty() if weight else 0.0
+
+    def words(self, captions: list[str]) -> list[str]:
+        return self._tokens.words(captions)
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        yield  # captions without the trigger read no new token
+
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(self._tokens.names)
+
+    def save(self, folder: Path, manifest: Manifest) -> None:
+        rows = self._tokens.rows()
+        artifact.save_tensors(folder / artifact.EMBEDDINGS, rows, artifact.adapter_header(rows, manifest))
+
+    def load(self, folder: Path, family: Family) -> None:
+        values, _ = artifact.load_tensors(folder / artifact.EMBEDDINGS)
+        self._tokens.attach(family, "", self.settings.seed, values)
+
+    def detach(self, family: Family) -> None:
+        self._tokens.detach(family)
+
+    def set_strength(self, family: Family, strength: float) -> None:
+        """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""

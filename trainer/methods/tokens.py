@@ -1,0 +1,114 @@
+"""New tokens that stand for the trigger word (textual inversion, Gal et al. 2022, arXiv:2208.01618).
+
+Only the new rows exist as parameters, in fp32; every other row of the vocabulary stays bit-identical.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import TrainableTokensConfig
+from torch import Tensor, nn
+
+from preprocessing.errors import UserError
+from preprocessing.trigger import trigger_pattern
+from trainer.draws import generator
+from trainer.families.base import Family, TextTower
+from trainer.methods.adapters import ADAPTER, inject, remove
+
+
+@dataclass
+class _Tower:
+    """One text encoder's new rows, and what is needed to take them out."""
+
+    tower: TextTower
+    rows: nn.Parameter  # [n, d]
+    vocabulary_std: float
+    original_weight: nn.Parameter
+    original_tokenizer: Any
+
+
+class NewTokens:
+    """`n` new tokens in each of a family's tokenizers and text encoders."""
+
+    def __init__(self, trigger: str, names: list[str]):
+        self.names = names
+        self._pattern = trigger_pattern(trigger)
+        self._towers: list[_Tower] = []
+
+    def attach(self, family: Family, class_word: str, seed: int, values: dict[str, Tensor] | None = None) -> None:
+        """Add the tokens. They start at `values` (embedding key -> [n, d]), else near `class_word`, else at random."""
+        for tower in family.text:
+            self._towers.append(self._attach_one(family, tower, class_word, seed, values))
+
+    def _attach_one(
+        self, family: Family, tower: TextTower, class_word: str, seed: int, values: dict[str, Tensor] | None
+    ) -> _Tower:
+        tokenizer = copy.deepcopy(tower.tokenizer)
+        if tokenizer.add_tokens(self.names) != len(self.names):
+            raise UserError(f"Some of the tokens {self.names} are already words of the base model: rename trigger_word.")
+        embedding = tower.encoder.get_input_embeddings()
+        original, size = embedding.weight, len(tower.tokenizer)
+        if values is None:
+            rows = _initial_rows(tower, original[:size], class_word, (len(self.names), generator(seed, tower.name)))
+        else:
+            rows = values[tower.embedding_key].float()
+        tower.encoder.resize_token_embeddings(max(len(tokenizer), len(original)), mean_resizing=False)
+        ids = tokenizer.convert_tokens_to_ids(self.names)
+        config = TrainableTokensConfig(token_indices=ids, target_modules=["token_embedding"], init_weights=True)
+        (parameter,) = inject(tower.encoder, config)
+        with torch.no_grad():
+            parameter.copy_(rows)
+        family.replace_tokenizer(tower.name, tokenizer)
+        std = original[:size].float().std(dim=1).mean().item()
+        return _Tower(tower, parameter, std, original, tower.tokenizer)
+
+    def detach(self, family: Family) -> None:
+        """Take the tokens out; vocabulary, weights and tokenizers are what they were."""
+        for part in self._towers:
+            encoder = part.tower.encoder
+            remove(encoder)
+            embedding = encoder.get_input_embeddings()
+            embedding.weight = part.original_weight
+            embedding.num_embeddings = encoder.config.vocab_size = len(part.original_weight)
+            family.replace_tokenizer(part.tower.name, part.original_tokenizer)
+        self._towers = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [part.rows for part in self._towers]
+
+    def words(self, captions: list[str]) -> list[str]:
+        """Captions with the trigger word replaced by the tokens, at word boundaries, exactly spelt."""
+        return [self._pattern.sub("".join(self.names), caption) for caption in captions]
+
+    def spread_penalty(self) -> Tensor:
+        """Mean squared relative distance of each row's standard deviation to the vocabulary's mean one. Fine for n = 1."""
+        terms = [((part.rows.std(dim=1) / part.vocabulary_std - 1) ** 2).mean() for part in self._towers]
+        return torch.stack(terms).mean()
+
+    def rows(self) -> dict[str, Tensor]:
+        """The new rows by embedding key: fp32 [n, d]."""
+        return {part.tower.embedding_key: part.rows.detach().float().cpu() for part in self._towers}
+
+
+def token_names(count: int) -> list[str]:
+    """<s0>, <s1>, ..."""
+    return [f"<s{i}>" for i in range(count)]
+
+
+def _initial_rows(tower: TextTower, vocabulary: Tensor, class_word: str, draw: tuple[int, torch.Generator]) -> Tensor:
+    """[n, d] random rows of the vocabulary's mean spread, around the class word's mean row where there is one."""
+    count, source = draw
+    vocabulary = vocabulary.detach().float().cpu()
+    rows = torch.randn(count, vocabulary.shape[1], generator=source)
+    rows = rows / rows.std(dim=1, keepdim=True) * vocabulary.std(dim=1).mean()
+    if not class_word:
+        return rows
+    ids = tower.tokenizer(class_word, add_special_tokens=False).input_ids
+    centre = vocabulary[ids].mean(dim=0)
+    # a little noise only: equal rows would stay equal, having equal gradients but for their positions
+    return centre + 0.1 * rows

@@ -1,0 +1,109 @@
+"""What a diffusion family learns: how data and noise are mixed, what is predicted, how samples weigh.
+
+Time is canonical: t lies in (0, 1], t = 1 is noise. Shapes: data and noise are [B, ...], t and weights are [B].
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective; families pick one."""
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) -> the times trained on, rising with them."""
+
+    def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy sample at time t."""
+
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the net should predict at time t."""
+
+    def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
+        """How much each sample's squared error counts."""
+
+
+class Ddpm:
+    """Variance-preserving diffusion on a scheduler's discrete steps (Ho et al. 2020, arXiv:2006.11239).
+
+    Predicts noise, v (Salimans & Ho 2022, arXiv:2202.00512) or the data, as the scheduler's `prediction_type` says.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler):
+        self.scheduler = scheduler
+        self.steps = scheduler.config.num_train_timesteps
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction_type {self.prediction_type!r}")
+
+    def times(self, uniform: Tensor) -> Tensor:
+        return ((uniform * self.steps).floor() + 1) / self.steps
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """The scheduler's integer steps, 0 to steps - 1."""
+        return (t * self.steps).round().long() - 1
+
+    def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.scheduler.add_noise(data, noise, self.timesteps(t))
+
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return data
+        return self.scheduler.get_velocity(data, noise, self.timesteps(t))
+
+    def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
+        """Min-SNR weights (Hang et al. 2023, arXiv:2303.09556, section 3.4); ones without `snr_gamma`."""
+        if snr_gamma is None:
+            return torch.ones_like(t)
+        snr = compute_snr(self.scheduler, self.timesteps(t)).to(t)
+        clipped = snr.clamp(max=snr_gamma)
+        if self.prediction_type == "sample":
+            return clipped
+        if self.prediction_type == "v_prediction":
+            return clipped / (snr + 1)
+        # min(snr, gamma) / snr, written so that its limit at snr = 0 (a zero-terminal-SNR schedule) is 1, not NaN
+        return torch.where(snr > snr_gamma, snr_gamma / snr.clamp(min=snr_gamma), torch.ones_like(snr))
+
+
+class Flow:
+    """Rectified flow (Liu et al. 2022, arXiv:2209.03003); the velocity is noise - data.
+
+    `shift` > 1 moves times towards noise (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
+    """
+
+    def __init__(self, shift: float = 1.0):
+        self.shift = shift
+
+    def times(self, uniform: Tensor) -> Tensor:
+        t = uniform.clamp(min=1e-4)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        t = t.reshape(-1, *[1] * (data.ndim - 1))
+        return (1 - t) * data + t * noise
+
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise - data
+
+    def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
+        return torch.ones_like(t)
+
+
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `error` [B, C, H, W] per sample, [B]; with `mask` [B, 1, H, W] it is sum(e * m) / (C * sum(m)).
+
+    A sample whose mask is empty is trained on whole.
+    """
+    if mask is None:
+        return error.flatten(1).mean(dim=1)
+    area = mask.flatten(1).sum(dim=1)
+    mask = torch.where((area > 0)[:, None, None, None], mask, torch.ones_like(mask))
+    return (error * mask).flatten(1).sum(dim=1) / (error.shape[1] * mask.flatten(1).sum(dim=1))

@@ -1,0 +1,48 @@
+"""Pictures drawn from the saved archive, by the code that predict uses: the base model's beside the adapted one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer import families
+from trainer.config import JobSettings
+from trainer.drawing import DrawSettings
+from trainer.generate import Generator
+from trainer.report import Preview
+
+DEFAULT_PROMPTS = ("a photo of {trigger}", "{trigger} on a beach at sunset", "a painting of {trigger}", "a photo of a dog")
+
+
+def prompts_of(settings: JobSettings) -> list[str]:
+    """The previews' prompts, with {trigger} filled in; the last default one shows what happens to other subjects."""
+    chosen = settings.preview_prompts
+    if chosen is None:
+        chosen = families.recommended(settings.base_model, "draw").get("preview_prompts", DEFAULT_PROMPTS)
+    return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
+
+
+def draw_previews(
+    archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]
+) -> list[Preview]:
+    """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
+    folder = settings.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
+    jobs = [(prompt, seed) for prompt in prompts_of(settings) for seed in settings.preview_seeds]
+    prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
+    generator = Generator(settings.base_model)
+    drawn = {}
+    for step, name in enumerate(("base", "adapted")):
+        if name == "adapted":
+            generator.use(archive)
+        drawn[name] = generator.draw_prompts(prompts, seeds, DrawSettings(prompt=prompts[0]))
+        progress("preview", step + 1, 2)
+    previews = []
+    for i, (prompt, seed) in enumerate(jobs):
+        paths = {name: folder / f"{i:02d}_{name}.png" for name in drawn}
+        for name, path in paths.items():
+            drawn[name][i].save(path)
+        previews.append(Preview(prompt, seed, paths["base"], paths["adapted"]))
+    return previews

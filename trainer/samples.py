@@ -1,0 +1,70 @@
+"""The units that flow through training: a picture to encode, a cached sample, a batch on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from preprocessing.prepared import PreparedDataset, PreparedItem
+
+Conditioning = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One prepared picture. Sizes and crop are (height, width) and (top, left) in pixels of the prepared picture."""
+
+    pixels: Tensor  # [3, H, W] in [-1, 1]
+    mask: Tensor | None  # [1, H, W] in [0, 1]
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is cached of one picture: everything of it that training reads."""
+
+    mean: Tensor  # posterior of the latents, scaled as the denoiser sees them: [C, h, w]
+    std: Tensor  # [C, h, w]
+    caption: str
+    mask: Tensor | None = None  # [1, h, w]
+    conditioning: Conditioning = field(default_factory=dict)  # per-sample tensors without a batch dimension
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size on the device, with this step's random draws."""
+
+    data: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, h, w]
+    uniform: Tensor  # [B] in [0, 1): becomes the time
+    captions: list[str]
+    mask: Tensor | None
+    conditioning: Conditioning  # [B, ...]
+    preserved: list[tuple[int, str]]  # sample of the batch, prompt whose prediction should stay the base model's
+
+
+def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tuple[PreparedItem, Picture]]:
+    """Read the prepared pictures in order, mirrored if `flip`."""
+    for item in dataset.items:
+        pixels = _read(dataset.folder / item.image, "RGB") * 2 - 1
+        mask = _read(dataset.folder / item.mask, "L") if item.mask else None
+        left, top = item.crop
+        if flip:
+            pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
+            left = item.resized_size[0] - item.size[0] - left
+        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left))
+
+
+def _read(path: Path, mode: str) -> Tensor:
+    """A picture file as [C, H, W] in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert(mode), dtype=np.float32) / 255
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()

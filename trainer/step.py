@@ -1,0 +1,104 @@
+"""One training step's forward pass: text, denoising loss, the base model's preservation, the method's penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.cache import Cache, lookup
+from trainer.config import JobSettings
+from trainer.draws import Draw, draw
+from trainer.families.base import Family
+from trainer.methods.base import Method
+from trainer.samples import Batch, Conditioning
+
+
+PRESERVED_EVERY = 3  # one sample in so many also serves to hold the base model's predictions
+
+
+class BatchMaker:
+    """Turns picture indices into batches, with the draws that belong to (seed, step, position)."""
+
+    def __init__(self, cache: Cache, settings: JobSettings, device: torch.device, preserved: tuple[str, ...]):
+        self.cache, self.settings, self.device, self.preserved = cache, settings, device, preserved
+
+    def make(self, step: int, indices: list[int], positions: range, count: int) -> Batch:
+        """The batch of the pictures `indices`, which stand at `positions` of the optimiser step's `count` samples."""
+        settings, samples, draws = self.settings, [], []
+        for index, position in zip(indices, positions, strict=True):
+            shape = self.cache.samples[index].mean.shape
+            drawn = draw(settings.seed, step, (position, count), shape, settings.noise_offset)
+            mirrored = bool(self.cache.mirrored) and drawn.flip < 0.5
+            samples.append((self.cache.mirrored if mirrored else self.cache.samples)[index])
+            draws.append(drawn)
+        pairs = list(zip(samples, draws, strict=True))
+        dropped = [d.drop_caption < settings.caption_dropout for d in draws]
+        masks = [s.mask if s.mask is not None else torch.ones_like(s.mean[:1]) for s in samples]
+        masked = any(sample.mask is not None for sample in samples)
+        names = samples[0].conditioning
+        return Batch(
+            data=torch.stack([s.mean + s.std * d.posterior for s, d in pairs]).to(self.device),
+            noise=torch.stack([d.noise for d in draws]).to(self.device),
+            uniform=torch.tensor([d.uniform for d in draws], device=self.device),
+            captions=["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)],
+            mask=torch.stack(masks).to(self.device) if masked else None,
+            conditioning={n: torch.stack([s.conditioning[n] for s in samples]).to(self.device) for n in names},
+            preserved=self._preserved(positions, draws),
+        )
+
+    def _preserved(self, positions: range, draws: list[Draw]) -> list[tuple[int, str]]:
+        if not self.preserved:
+            return []
+        prompts = [self.preserved[int(drawn.prompt * len(self.preserved))] for drawn in draws]
+        return [(i, prompts[i]) for i, position in enumerate(positions) if position % PRESERVED_EVERY == 0]
+
+
+class TrainStep(nn.Module):
+    """The loss of a batch. Its parameters are the family's nets, so that it is what accelerate wraps."""
+
+    def __init__(self, family: Family, method: Method, cache: Cache, settings: JobSettings):
+        super().__init__()
+        modules = {net.name: family.module(net.name) for net in family.nets}
+        self.nets = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+        self._family, self._method, self._settings, self._text = family, method, settings, cache.text
+
+    def forward(self, batch: Batch) -> Tensor:
+        conditioning = batch.conditioning | self._conditioning(batch.captions)
+        loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
+        if batch.preserved:
+            loss = loss + self._settings.preservation_weight * self._preservation(batch)
+        return loss + self._method.penalty()
+
+    def _conditioning(self, captions: list[str]) -> Conditioning:
+        if not self._method.needs_text_grad:
+            return lookup(self._text, captions)
+        encoded = self._family.encode_text(self._method.words(captions))
+        if "" not in captions:
+            return encoded
+        # the null conditioning need not be the encoding of "" (SDXL's is zeros), so it is put in its place
+        dropped = torch.tensor([caption == "" for caption in captions], device=self._family.device)
+        null = self._text[""]
+        return {
+            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
+            for name, value in encoded.items()
+        }
+
+    def _preservation(self, batch: Batch) -> Tensor:
+        """Mean squared distance to the base model's predictions on prompts without the trigger.
+
+        Some of the batch's latents serve again, at other times; what they show does not matter, since the base
+        model's answer to the prompt is the target (a prior by distillation, after Li & Hoiem 2016, arXiv:1606.09282).
+        """
+        family, kept = self._family, [index for index, _ in batch.preserved]
+        prompts = [prompt for _, prompt in batch.preserved]
+        # mostly noise: there the prompt decides what is drawn, later the picture itself does
+        t = family.objective.times((1 - batch.uniform[kept] ** 2).clamp(max=1 - 2**-24))
+        noisy = family.objective.mix(batch.data[kept], batch.noise[kept], t)
+        fixed = {name: value[kept] for name, value in batch.conditioning.items()}
+        base_text = lookup(self._text, prompts)
+        with torch.no_grad(), self._method.disabled(family):
+            target = family.predict(noisy, t, fixed | base_text)
+        text = family.encode_text(prompts) if self._settings.train_text_encoder else base_text
+        error = (family.predict(noisy, t, fixed | text) - target).square().flatten(1).mean(dim=1)
+        # by the batch's size, not by how many were kept, so that processes and accumulation average to the same
+        return error.sum() * PRESERVED_EVERY / len(batch.captions)
