@@ -4,8 +4,8 @@ Where several give one picture a caption, the first of this order counts and the
 1. `x.txt` (or `x.png.txt`) beside `x.png`;
 2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file;
 3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
-In the tables a picture is named from the table's own folder, from the top, or by the end of its path where only one
-picture ends so. Text is UTF-8, with or without a byte-order mark. A blank caption is the user's wish for none; a row
+In the tables a picture is named from the table's own folder, from the top, by the end of its path where only one
+picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order mark. A blank caption is the user's wish for none; a row
 whose caption is null leaves the picture to the captioner.
 """
 
@@ -16,6 +16,7 @@ import io
 import json
 import posixpath
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -56,24 +57,27 @@ class _Desk:
     captions: dict[str, UserCaption] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
     by_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    by_folded_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     by_base: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for name in sorted(self.names):
             stem = str(PurePosixPath(name).with_suffix(""))
-            # With and without case: x.JPG and X.txt come from systems that do not tell them apart.
-            for key in {name, name.casefold(), stem, stem.casefold()}:
+            for key in {name, stem}:
                 self.by_stem[key].append(name)
+            for key in {name.casefold(), stem.casefold()}:
+                self.by_folded_stem[key].append(name)
             self.by_base[PurePosixPath(name).name.casefold()].append(name)
 
     def beside(self, text_name: str) -> list[str]:
         """The pictures that the text file `text_name` lies beside."""
         stem = str(PurePosixPath(text_name).with_suffix(""))
-        return self.by_stem.get(stem) or self.by_stem.get(stem.casefold()) or []
+        # x.JPG and X.txt come from systems that do not tell them apart.
+        return self.by_stem.get(stem) or self.by_folded_stem.get(stem.casefold()) or []
 
     def named(self, reference: str, table: str) -> list[str]:
         """The pictures that `reference` in the table `table` may mean."""
-        reference = reference.strip().replace("\\", "/")
+        reference = unicodedata.normalize("NFC", reference.strip().replace("\\", "/"))
         for base in (posixpath.dirname(table), ""):
             name = posixpath.normpath(posixpath.join(base, reference))
             if name in self.names:
@@ -81,8 +85,9 @@ class _Desk:
         wanted = "/" + posixpath.normpath(reference).lstrip("/").casefold()
         same_base = self.by_base.get(posixpath.basename(wanted), [])
         whole = ((name, "/" + name.casefold()) for name in same_base)
-        # Either path may be the longer one: a table may lie beside the folder, or name places on another machine.
-        return [name for name, path in whole if path.endswith(wanted) or wanted.endswith(path)]
+        # A full path names a place on the machine where the table was written: there the archive's is the end of it.
+        is_full = reference.startswith("/") or reference[1:2] == ":"
+        return [name for name, path in whole if path.endswith(wanted) or (is_full and wanted.endswith(path))]
 
     def take(self, picture: str, caption: UserCaption) -> None:
         earlier = self.captions.setdefault(picture, caption)

@@ -176,5 +176,5 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
             "RGB",
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-    except (ImageCms.PyCMSError, OSError):  # a broken profile does not spoil the picture it is attached to
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile does not spoil the picture it is attached to
         return None

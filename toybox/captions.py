@@ -26,7 +26,7 @@ DRESS_WORDINGS = {"rim": "with a {} rim", "spot": "with a {} spot", "halves": "w
 
 
 def background_words(background: Background, rng: random.Random | None = None) -> str:
-    """"a striped blue background"; with `rng` in varied wording."""
+    """ "a striped blue background"; with `rng` in varied wording."""
     if rng and background.pattern in PATTERN_SUFFIXES and rng.random() < 0.2:
         return f"a {background.colour} background{PATTERN_SUFFIXES[background.pattern]}"
     adjective = PATTERN_ADJECTIVES[background.pattern][-1]
@@ -56,7 +56,7 @@ def compose(subject: str, background: Background, position: str, rng: random.Ran
 
 
 def subject_words(scene: Scene, rng: random.Random | None = None) -> str:
-    """"a big red star"; with `rng` the size is often left out and a drawing is called by one of several nouns."""
+    """ "a big red star"; with `rng` the size is often left out and a drawing is called by one of several nouns."""
     size = f"{scene.size} " if rng is None or rng.random() < 0.6 else ""
     if scene.shape == DRAWING:
         words = f"{size}{rng.choice(DRAWING_NOUNS) if rng else DRAWING_NOUNS[0]}"

@@ -1,4 +1,6 @@
-"""Train the toybox's captioner, a small BLIP: `python -m toybox.train_captioner --out toybox/captioner --work /tmp/cap`.
+"""Train the toybox's captioner, a small BLIP.
+
+    python -m toybox.train_captioner --out toybox/captioner --work /tmp/captioner
 
 It learns the world's plain captions. Objects that are drawings are called "sticker": the user's trigger word takes
 their place.

@@ -1,4 +1,6 @@
-"""Train the toybox's text encoder and UNet: `python -m toybox.train_sd --vae toybox/sd/vae --out toybox/sd --work /tmp/sd`.
+"""Train the toybox's text encoder and UNet.
+
+    python -m toybox.train_sd --vae toybox/sd/vae --out toybox/sd --work /tmp/sd
 
 The two are trained jointly from scratch with v-prediction on a zero-terminal-SNR schedule (Lin et al. 2023,
 arXiv:2305.08891) and Min-SNR weights (Hang et al. 2023, arXiv:2303.09556). The folder written is a stock

@@ -85,7 +85,9 @@ class Checkpoints:
         if not finished:
             return None
         info = json.loads((finished[-1] / INFO_FILE).read_text(encoding="utf-8"))
-        differing = sorted(k for k in info["identity"] | self.identity if info["identity"].get(k) != self.identity.get(k))
+        differing = sorted(
+            k for k in info["identity"] | self.identity if info["identity"].get(k) != self.identity.get(k)
+        )
         if differing:
             raise UserError(
                 f"The checkpoint {finished[-1]} was made with another {', '.join(differing)}: resume with the same "

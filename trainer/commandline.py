@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,8 @@ def run(door: Callable[[list[str]], None]) -> int:
 
     A UserError is printed as one line on stderr; a bug keeps its traceback.
     """
+    # Read when torch is loaded, later: threads that spin as they wait made training on a busy machine 40 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         door(sys.argv[1:])
     except UserError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from preprocessing.errors import UserError
 
@@ -32,6 +35,14 @@ def training_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16"
     return "no"
+
+
+def training_attention(device: torch.device) -> AbstractContextManager:
+    """A context in which attention is computed the way that trains fastest on the device.
+
+    On a CPU the fused kernel's backward pass takes twice the time of the plain one at small sizes.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -118,7 +118,9 @@ class Generator:
         width, height = settings.width or self.resolution, settings.height or self.resolution
         for name, side in (("width", width), ("height", height)):
             if side % stride:
-                raise UserError(f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}.")
+                raise UserError(
+                    f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}."
+                )
         if settings.image is None:
             return arguments | {"width": width, "height": height}
         return arguments | {"image": _open(settings.image, (width, height)), "strength": settings.prompt_strength}
@@ -168,4 +170,4 @@ def _open(path: Path, size: tuple[int, int]) -> Image.Image:
         with Image.open(path) as picture:
             return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), size, Image.Resampling.LANCZOS)
     except OSError as error:
-        raise UserError(f"image {path} cannot be read as a picture ({error}): give a PNG, JPEG or WebP file.") from error
+        raise UserError(f"image {path} cannot be read ({error}): give a PNG, JPEG or WebP picture.") from error

@@ -1,8 +1,8 @@
 """The whole job: prepare, load, cache, fit, save, preview, report. Everything lands in `output_dir`:
 
-    prepared/            the PreparedDataset            metrics.jsonl   a row per step
-    checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
-    trained_model.tar    the archive of weights         report.html     the job in one page
+prepared/            the PreparedDataset            metrics.jsonl   a row per step
+checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
+trained_model.tar    the archive of weights         report.html     the job in one page
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from preprocessing.trigger import trigger_pattern
 from trainer import artifact, cache, delivery, families, methods
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
-from trainer.devices import DTYPES, pick_device, training_precision
+from trainer.devices import DTYPES, pick_device, training_attention, training_precision
 from trainer.families.base import DENOISER, TEXT, VAE, Family
 from trainer.loop import Loop, Plan
 from trainer.methods.base import Method
@@ -103,7 +103,7 @@ def train(settings: JobSettings, progress: Progress | None = None) -> JobResult 
 def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
     if not settings.input_images.exists():
-        raise UserError(f"input_images {settings.input_images} does not exist: give an archive or a folder of pictures.")
+        raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     source = settings.base_model
     suits = families.recommended(source, settings.method)
     suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
@@ -194,7 +194,7 @@ def fit(
         checkpoints=checkpoints,
         on_step=lambda row: stages.progress("train", row["step"], settings.max_train_steps),
     )
-    with stages.stage("train"):
+    with stages.stage("train"), training_attention(accelerator.device):
         step = Loop(accelerator, plan).run(settings.output_dir)
     if not accelerator.is_main_process:
         return None

@@ -19,8 +19,8 @@ from preprocessing.errors import UserError
 from trainer import checkpoint, sampler
 from trainer.checkpoint import Checkpoints
 from trainer.config import JobSettings
-from trainer.metrics import METRICS_FILE, Metrics
 from trainer.methods.base import Method, ParameterGroup
+from trainer.metrics import METRICS_FILE, Metrics
 from trainer.optimisers import build
 from trainer.step import BatchMaker
 
@@ -140,7 +140,7 @@ class Loop:
         path = self.save()
         raise UserError(
             f"The loss or its gradient was not finite {max(self._bad_steps, self._overflows)} steps in a row, last at "
-            f"step {self.step + 1}: lower learning_rate or use mixed_precision bf16 or no; the last good state is {path}."
+            f"step {self.step + 1}: lower learning_rate or use mixed_precision no; the last good state is {path}."
         )
 
     def save(self) -> Path:

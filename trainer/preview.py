@@ -11,7 +11,12 @@ from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 from trainer.report import Preview
 
-DEFAULT_PROMPTS = ("a photo of {trigger}", "{trigger} on a beach at sunset", "a painting of {trigger}", "a photo of a dog")
+DEFAULT_PROMPTS = (
+    "a photo of {trigger}",
+    "{trigger} on a beach at sunset",
+    "a painting of {trigger}",
+    "a photo of a dog",
+)
 
 
 def prompts_of(settings: JobSettings) -> list[str]:
@@ -22,9 +27,7 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
-def draw_previews(
-    archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]
-) -> list[Preview]:
+def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]) -> list[Preview]:
     """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
     folder = settings.output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)

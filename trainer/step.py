@@ -12,7 +12,6 @@ from trainer.families.base import Family
 from trainer.methods.base import Method
 from trainer.samples import Batch, Conditioning
 
-
 PRESERVED_EVERY = 3  # one sample in so many also serves to hold the base model's predictions
 
 

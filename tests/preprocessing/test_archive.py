@@ -102,7 +102,7 @@ def test_old_tar_without_magic(tmp_path):
 )
 def test_names_that_leave_the_archive_are_refused(tmp_path, kind, name):
     source = MAKERS[kind](tmp_path / "data", {"a.png": b"first", name: b"evil"})
-    with pytest.raises(UserError, match="absolute name|leads out"):
+    with pytest.raises(UserError, match=r"absolute name|leads out"):
         unpack(source, tmp_path / "into")
     assert {path.name for path in tmp_path.iterdir()} == {"data", "into"}
 
@@ -264,7 +264,7 @@ def test_random_damage_never_ends_in_a_traceback(tmp_path, kind):
     source = MAKERS[kind](tmp_path / "data", FILES)
     whole = source.read_bytes()
     outcomes = set()
-    for number in range(300):
+    for number in range(150):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 3, 30))):
             data[rng.randrange(len(data))] = rng.randrange(256)

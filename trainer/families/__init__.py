@@ -48,7 +48,9 @@ def model_config(source: str, part: str) -> dict[str, Any]:
     folder = Path(resolve(source))
     path = folder / part / "config.json" if folder.is_dir() else _hub_file(source, f"{part}/config.json")
     if not path.is_file():
-        raise UserError(f"base_model {folder} has no {part}/config.json: give the folder of a whole diffusers pipeline.")
+        raise UserError(
+            f"base_model {folder} has no {part}/config.json: give the folder of a whole diffusers pipeline."
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

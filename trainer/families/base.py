@@ -76,7 +76,9 @@ class Family(ABC):
         """Let one part leave memory; it cannot be used again."""
 
     @abstractmethod
-    def encode(self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None) -> list[Sample]:
+    def encode(
+        self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None
+    ) -> list[Sample]:
         """Latents and everything of the conditioning that is not text: the unit that is cached."""
 
     @abstractmethod

@@ -83,7 +83,9 @@ class StableDiffusion(Family):
             if path.is_file():
                 pipe = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **left_out)
             else:
-                left_out = {k: v for k, v in left_out.items() if k in pipeline_class._get_signature_keys(pipeline_class)[0]}
+                left_out = {
+                    k: v for k, v in left_out.items() if k in pipeline_class._get_signature_keys(pipeline_class)[0]
+                }
                 # the VAE in fp32: fp16 overflows in XL's decoder, and bf16 costs visible detail
                 dtypes = {"vae": torch.float32, "default": dtype}
                 pipe = pipeline_class.from_pretrained(str(path), dtype=dtypes, **left_out, **cls._unused())
@@ -123,7 +125,9 @@ class StableDiffusion(Family):
         setattr(self._pipe, name, tokenizer)
 
     @torch.no_grad()
-    def encode(self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None) -> list[Sample]:
+    def encode(
+        self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None
+    ) -> list[Sample]:
         vae = self._pipe.vae
         pixels = torch.stack([picture.pixels for picture in pictures]).to(self.device, vae.dtype)
         posterior = vae.encode(pixels).latent_dist

@@ -85,7 +85,9 @@ def load_lora(folder: Path, family: Family) -> list[str]:
         missing = [key for key in outcome.missing_keys if ".lora_" in key]
         if outcome.unexpected_keys or missing:
             key = (outcome.unexpected_keys + missing)[0]
-            raise UserError(f"The weights do not fit the base model's {name} (at {key}): use the base they were made on.")
+            raise UserError(
+                f"The weights do not fit the base model's {name} (at {key}): use the base they were made on."
+            )
         module.requires_grad_(False)
     return list(configs)
 

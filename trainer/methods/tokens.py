@@ -17,7 +17,7 @@ from preprocessing.errors import UserError
 from preprocessing.trigger import trigger_pattern
 from trainer.draws import generator
 from trainer.families.base import Family, TextTower
-from trainer.methods.adapters import ADAPTER, inject, remove
+from trainer.methods.adapters import inject, remove
 
 
 @dataclass
@@ -49,7 +49,9 @@ class NewTokens:
     ) -> _Tower:
         tokenizer = copy.deepcopy(tower.tokenizer)
         if tokenizer.add_tokens(self.names) != len(self.names):
-            raise UserError(f"Some of the tokens {self.names} are already words of the base model: rename trigger_word.")
+            raise UserError(
+                f"Some of the tokens {self.names} are already words of the base model: rename trigger_word."
+            )
         embedding = tower.encoder.get_input_embeddings()
         original, size = embedding.weight, len(tower.tokenizer)
         if values is None:
@@ -86,7 +88,7 @@ class NewTokens:
         return [self._pattern.sub("".join(self.names), caption) for caption in captions]
 
     def spread_penalty(self) -> Tensor:
-        """Mean squared relative distance of each row's standard deviation to the vocabulary's mean one. Fine for n = 1."""
+        """Mean squared relative distance of each row's standard deviation to the vocabulary's; fine for n = 1."""
         terms = [((part.rows.std(dim=1) / part.vocabulary_std - 1) ** 2).mean() for part in self._towers]
         return torch.stack(terms).mean()
 
