@@ -36,6 +36,7 @@ class Captioner(Protocol):
     """Describes pictures."""
 
     batch_size: int  # how many pictures it takes best at a time
+    subject: str  # what it calls a subject that it has no word for, "" where there is no one word
 
     def caption(self, pictures: list[Image.Image]) -> list[str]:
         """One line for each RGB picture, in order; the pictures may differ in size."""
@@ -44,16 +45,17 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class BlipSource:
-    """Where a BLIP captioner lies (Hub id or folder) and the words that it goes on from."""
+    """Where a BLIP captioner lies (Hub id or folder), the words that it goes on from, and its word for the unknown."""
 
     model: str
     prompt: str = ""
+    subject: str = ""
 
 
 SOURCES = {
     # The prompt that LAVIS gives it; without one this model begins half its captions with words that do not exist.
     "blip": BlipSource("Salesforce/blip-image-captioning-large", "a picture of"),
-    "toybox": BlipSource(str(TOYBOX_CAPTIONER)),
+    "toybox": BlipSource(str(TOYBOX_CAPTIONER), subject="sticker"),
 }
 
 
@@ -61,6 +63,7 @@ class NoCaptioner:
     """Says nothing, which leaves the trigger word alone as the caption."""
 
     batch_size = 256
+    subject = ""
 
     def caption(self, pictures: list[Image.Image]) -> list[str]:
         return [""] * len(pictures)
@@ -75,11 +78,18 @@ class BlipCaptioner:
         import torch
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
+        self.subject = source.subject
         self._prompt = source.prompt
         self._device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self._processor = BlipProcessor.from_pretrained(source.model)
-        self._model: Any = BlipForConditionalGeneration.from_pretrained(source.model, use_safetensors=True)
+        # fp32 whatever it is stored in: half precision is slow on a CPU, and a caption is soon written.
+        self._model: Any = BlipForConditionalGeneration.from_pretrained(
+            source.model, use_safetensors=True, dtype=torch.float32
+        )
         self._model.to(self._device).eval()
+        prompt_tokens = len(self._processor(text=self._prompt).input_ids)
+        positions = self._model.config.text_config.max_position_embeddings
+        self._new_tokens = min(LONGEST_CAPTION, positions - prompt_tokens)
 
     def caption(self, pictures: list[Image.Image]) -> list[str]:
         import torch
@@ -87,8 +97,10 @@ class BlipCaptioner:
         text = [self._prompt] * len(pictures) if self._prompt else None
         inputs = self._processor(images=pictures, text=text, return_tensors="pt").to(self._device)
         with torch.inference_mode():
-            tokens = self._model.generate(**inputs, max_new_tokens=LONGEST_CAPTION, num_beams=1, do_sample=False)
-        return [tidy(line, self._prompt) for line in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+            tokens = self._model.generate(**inputs, max_new_tokens=self._new_tokens, num_beams=1, do_sample=False)
+        # The token that BLIP starts from comes first; not every tokenizer knows it for a special one.
+        lines = self._processor.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        return [tidy(line, self._prompt) for line in lines]
 
 
 def tidy(text: str, prompt: str = "") -> str:

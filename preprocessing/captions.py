@@ -5,8 +5,8 @@ Where several give one picture a caption, the first of this order counts and the
 2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file;
 3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
 In the tables a picture is named from the table's own folder, from the top, by the end of its path where only one
-picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order mark. A blank caption is the user's wish for none; a row
-whose caption is null leaves the picture to the captioner.
+picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order
+mark. A blank caption is the user's wish for none; a row whose caption is null leaves the picture to the captioner.
 """
 
 from __future__ import annotations

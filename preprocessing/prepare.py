@@ -21,7 +21,7 @@ from preprocessing.fingerprint import dataset_hash, inputs_hash
 from preprocessing.pictures import UnreadablePicture, decode
 from preprocessing.prepared import MANIFEST, PreparedDataset, PreparedItem, Reject
 from preprocessing.settings import PrepareSettings
-from preprocessing.trigger import with_trigger
+from preprocessing.trigger import in_place_of, with_trigger
 
 Progress = Callable[[str, int, int], None]  # stage ("unpack", "pictures" or "captions"), done, total
 DECODERS = min(4, os.cpu_count() or 1)  # each may hold one picture at its full size
@@ -36,6 +36,15 @@ class Cropped:
     fit: Fit
     image: str
     mask: str | None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture's caption as it is trained, as it was first said, and by whom ("user" or a captioner's name)."""
+
+    trained: str
+    original: str | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ def _build(
     rejects = (*unpacked.rejects, *user.rejects, *unreadable)
     if not cropped:
         raise UserError(_nothing_left(settings.input_images, rejects))
-    return _captioned(cropped, user, settings, place, report), rejects
+    captions = _captions(cropped, user, settings, place, report)
+    return tuple(_item(picture, captions[picture.source]) for picture in cropped), rejects
 
 
 def _nothing_left(source: Path, rejects: tuple[Reject, ...]) -> str:
@@ -182,25 +192,32 @@ def _crop(number: int, file: SourceFile, place: Workplace) -> Cropped | Reject:
     return Cropped(file.name, geometry, image, mask)
 
 
-def _captioned(
+def _captions(
     cropped: list[Cropped], user: UserCaptions, settings: PrepareSettings, place: Workplace, report: Progress
-) -> tuple[PreparedItem, ...]:
-    without = [picture for picture in cropped if picture.source not in user.captions]
-    written = dict(zip((picture.source for picture in without), _write(without, settings, place, report), strict=True))
-    return tuple(_item(picture, user, written, settings) for picture in cropped)
+) -> dict[str, Caption]:
+    """Everyone's caption, by the picture's name in the upload."""
+    trigger = settings.trigger_word
+    own = {name: Caption(with_trigger(said.text, trigger), said.text, "user") for name, said in user.captions.items()}
+    return own | _write([picture for picture in cropped if picture.source not in own], settings, place, report)
 
 
-def _write(pictures: list[Cropped], settings: PrepareSettings, place: Workplace, report: Progress) -> list[str]:
+def _write(
+    pictures: list[Cropped], settings: PrepareSettings, place: Workplace, report: Progress
+) -> dict[str, Caption]:
     """Captions by the captioner, which is loaded only if there is need of it, from the pictures as they are trained."""
-    lines: list[str] = []
+    captions: dict[str, Caption] = {}
     if not pictures:
-        return lines
-    with loaded_captioner(settings.captioner) as captioner:
+        return captions
+    name, trigger = settings.captioner, settings.trigger_word
+    with loaded_captioner(name) as captioner:
         for start in range(0, len(pictures), captioner.batch_size):
             batch = pictures[start : start + captioner.batch_size]
-            lines += captioner.caption([_load(place.folder / picture.image) for picture in batch])
-            report("captions", len(lines), len(pictures))
-    return lines
+            lines = captioner.caption([_load(place.folder / picture.image) for picture in batch])
+            for picture, line in zip(batch, lines, strict=True):
+                trained = with_trigger(in_place_of(captioner.subject, line, trigger), trigger)
+                captions[picture.source] = Caption(trained, line or None, name)
+            report("captions", len(captions), len(pictures))
+    return captions
 
 
 def _load(path: Path) -> Image.Image:
@@ -208,15 +225,13 @@ def _load(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _item(picture: Cropped, user: UserCaptions, written: dict[str, str], settings: PrepareSettings) -> PreparedItem:
-    own = user.captions.get(picture.source)
-    text = own.text if own else written[picture.source]
+def _item(picture: Cropped, caption: Caption) -> PreparedItem:
     return PreparedItem(
         image=picture.image,
         mask=picture.mask,
-        caption=with_trigger(text, settings.trigger_word),
-        original_caption=text if own or text else None,
-        caption_source="user" if own else settings.captioner,
+        caption=caption.trained,
+        original_caption=caption.original,
+        caption_source=caption.source,
         source=picture.source,
         original_size=picture.fit.original,
         resized_size=picture.fit.resized,

@@ -14,6 +14,19 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
+def in_place_of(subject: str, caption: str, trigger: str) -> str:
+    """A captioner's caption with the trigger where it calls the subject by the word `subject`, the first time.
+
+    >>> in_place_of("sticker", "a big sticker on a table", "TOK")
+    'a big TOK on a table'
+    >>> in_place_of("sticker", "a sticker on a table", "TOK")
+    'TOK on a table'
+    """
+    if not subject:
+        return caption
+    return re.sub(rf"\b(?:an? )?{re.escape(subject)}\b", lambda _: trigger, caption, count=1, flags=re.IGNORECASE)
+
+
 def with_trigger(caption: str, trigger: str) -> str:
     """The caption, stripped, with the trigger before it unless it holds it; an empty one is the trigger alone.
 

@@ -238,6 +238,11 @@ def test_missing_pictures_are_one_line_too(root: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: input_images nowhere.zip does not exist") and done.stderr.count("\n") == 1
 
 
+def test_demo_script_refuses_a_sprite_that_is_not_there(root: Path, tmp_path: Path) -> None:
+    done = subprocess.run(["sh", str(root / "test_train.sh"), "no.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no.png does not exist: give the path of an RGBA PNG\n")
+
+
 def test_how_a_door_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def door(ending: BaseException | None):
         def call(argv: list[str]) -> None:

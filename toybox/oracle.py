@@ -47,12 +47,22 @@ class Ground:
     tone: np.ndarray
     cost: float
 
+    @property
+    def tones(self) -> tuple[np.ndarray, np.ndarray]:
+        """The colour [3] and the step to its second tone [3], in 0..255."""
+        index = list(COLOURS).index(self.colour)
+        return _tones()[0][index], _tones()[1][index]
+
+    @property
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and highest tone that each pixel may have, [64, 64] in 0..1."""
+        slack = SLACK[self.pattern]
+        return np.maximum(self.tone - slack, 0), np.minimum(self.tone + slack, 1)
+
     def distances(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How far pixels [64, 64, 3] are from the background [64, 64], and the background they are nearest to."""
-        first, step = _tones()[0][list(COLOURS).index(self.colour)], _tones()[1][list(COLOURS).index(self.colour)]
-        share = (pixels - first) @ step / (step @ step)
-        slack = SLACK[self.pattern]
-        nearest = np.clip(share, np.maximum(self.tone - slack, 0), np.minimum(self.tone + slack, 1))
+        first, step = self.tones
+        nearest = ((pixels - first) @ step / (step @ step)).clip(*self.limits)
         behind = first + nearest[..., None] * step
         return np.linalg.norm(pixels - behind, axis=-1), behind
 

@@ -27,7 +27,7 @@ def build_processor(captions: list[str], folder: Path) -> BlipProcessor:
     """Stock BLIP preprocessing for 64x64 pictures, with a vocabulary of the captions' words; written to `folder`."""
     words = sorted({word for text in captions for word in text.replace(",", " ,").split()})
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
-    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=MAX_TOKENS)
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=MAX_TOKENS, bos_token="[DEC]")
     processor = BlipProcessor(BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}), tokenizer)
     processor.save_pretrained(folder)
     return processor

@@ -6,6 +6,7 @@ import os
 import random
 import stat
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -208,14 +209,19 @@ def test_tar_extension_header_of_mad_length_is_not_read(tmp_path, kind, size):
     with gzip.open(tmp_path / "data", "wb", compresslevel=1) as file:
         file.write(info.tobuf(tarfile.GNU_FORMAT))
         file.write(bytes(70 * 1024**2))
-    with pytest.raises(UserError, match="damaged"):
-        unpack(tmp_path / "data", tmp_path / "into")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="damaged"):
+            unpack(tmp_path / "data", tmp_path / "into")
+        assert tracemalloc.get_traced_memory()[1] < 16 * 1024**2
+    finally:
+        tracemalloc.stop()
 
 
-def test_tar_member_of_negative_size_is_refused(tmp_path):
-    info = tarfile.TarInfo("x.png")
-    info.size = -512
-    (tmp_path / "data").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+def test_tar_member_of_negative_size_does_not_lead_in_circles(tmp_path):
+    first, info = tarfile.TarInfo("first.png"), tarfile.TarInfo("x.png")
+    info.size = -512  # the next header would be this one again
+    (tmp_path / "data").write_bytes(first.tobuf() + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match="damaged"):
         unpack(tmp_path / "data", tmp_path / "into")
 

@@ -6,10 +6,13 @@ import weakref
 import pytest
 import torch
 from PIL import Image
+from transformers import BlipForConditionalGeneration
 
 from preprocessing import captioner
 from preprocessing.captioner import BlipCaptioner, BlipSource, identity, loaded_captioner, tidy
 from preprocessing.errors import UserError
+
+WORD_WITHOUT_END = 8  # "green" in the vocabulary
 
 
 def squares(*colours: str) -> list[Image.Image]:
@@ -28,6 +31,18 @@ def test_a_prompt_is_gone_on_from_and_taken_off_again(blip_folder):
     assert not any("there is" in line for line in lines)
 
 
+def test_it_stops_where_the_model_knows_no_more_positions(blip_folder, tmp_path):
+    stock = BlipForConditionalGeneration.from_pretrained(blip_folder, dtype=torch.float32)
+    with torch.no_grad():
+        stock.text_decoder.cls.predictions.bias[WORD_WITHOUT_END] = 1e4
+    stock.save_pretrained(tmp_path)
+    for file in blip_folder.iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for prompt in ("", "there is"):
+        assert BlipCaptioner(BlipSource(str(tmp_path), prompt)).caption(squares("red")) == ["green"]
+
+
 def test_a_batch_says_what_its_pictures_say_alone(blip_folder):
     model = BlipCaptioner(BlipSource(str(blip_folder)))
     pictures = squares("red", "lime", "blue")
@@ -37,13 +52,19 @@ def test_a_batch_says_what_its_pictures_say_alone(blip_folder):
 def test_its_memory_is_given_back_and_the_random_state_is_not_touched(blip_folder, monkeypatch):
     monkeypatch.setitem(captioner.SOURCES, "blip", BlipSource(str(blip_folder)))
     state = torch.get_rng_state()
+    gone_when_the_cache_is_emptied = []
+
+    def empty_cache() -> None:
+        gc.collect()
+        gone_when_the_cache_is_emptied.append(weights() is None)
+
+    monkeypatch.setattr(captioner, "_free_memory", empty_cache)
     with loaded_captioner("blip") as loaded:
         loaded.caption(squares("red"))
         weights = weakref.ref(next(loaded._model.parameters()))
         assert weights() is not None
         del loaded
-    gc.collect()
-    assert weights() is None
+    assert gone_when_the_cache_is_emptied == [True]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -55,13 +76,13 @@ def test_none_says_nothing_for_each():
 def test_what_is_not_at_hand_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(captioner.SOURCES, "toybox", BlipSource(str(tmp_path / "gone")))
     with (
-        pytest.raises(UserError, match="toybox captioner is missing.*set captioner to none"),
+        pytest.raises(UserError, match=r"toybox captioner is missing.*set captioner to none"),
         loaded_captioner("toybox"),
     ):
         pass
     (tmp_path / "empty").mkdir()
     monkeypatch.setitem(captioner.SOURCES, "blip", BlipSource(str(tmp_path / "empty")))
-    with pytest.raises(UserError, match="cannot be loaded.*set captioner to none"), loaded_captioner("blip"):
+    with pytest.raises(UserError, match=r"cannot be loaded.*set captioner to none"), loaded_captioner("blip"):
         pass
 
 

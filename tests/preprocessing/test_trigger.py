@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from preprocessing.trigger import trigger_pattern, with_trigger
+from preprocessing.trigger import in_place_of, trigger_pattern, with_trigger
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_the_words_of_any_caption_survive_and_doing_it_twice_changes_nothing():
         assert once.endswith(caption.strip())
         assert trigger_pattern(trigger).search(once)
         assert with_trigger(once, trigger) == once
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a big sticker on the left", "a big TOK\\1 on the left"),
+        ("a Sticker and a sticker", "TOK\\1 and a sticker"),
+        ("an odd sticker", "an odd TOK\\1"),
+        ("two stickers", "two stickers"),
+        ("a red star", "a red star"),
+    ],
+)
+def test_a_captioners_word_for_the_subject_becomes_the_trigger_once(caption, expected):
+    assert in_place_of("sticker", caption, "TOK\\1") == expected
+    assert in_place_of("", caption, "TOK") == caption

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +25,16 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
+from trainer import families, job
+from trainer.artifact import load_tensors
 from trainer.config import JobSettings
+from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.metrics import METRICS_FILE, read_metrics
 
 SIDE = 32
+FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2}})  # previews are drawn by every whole job
+
+torch.set_num_threads(1)
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -82,13 +94,16 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         tokenizer=tokenizer,
         unet=tiny_unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     folder = tmp_path_factory.mktemp("models") / "sd"
     pipe.save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 
 
@@ -113,6 +128,7 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("models") / "xl"
     pipe.save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 
 
@@ -180,3 +196,55 @@ def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
         report_to="none",
         mixed_precision="no",
     )
+
+
+def load(source: Path) -> Family:
+    """A whole base model on the CPU, in fp32."""
+    return families.family_class(str(source)).load(str(source), frozenset({DENOISER, TEXT, VAE}), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def load_family() -> Callable[[Path], Family]:
+    """Loads a whole base model anew."""
+    return load
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a job left before anything was drawn: its weights, its metrics by step, its last checkpoint."""
+
+    weights: Path
+    tensors: dict[str, torch.Tensor]  # adapter and embeddings together
+    rows: list[dict[str, Any]]
+    state: dict[str, Any]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows]
+
+
+def read_trained(output_dir: Path) -> Trained:
+    """Read what `train_on` left in `output_dir`."""
+    weights = output_dir / "weights"
+    tensors = {}
+    for path in weights.glob("*.safetensors"):
+        tensors |= load_tensors(path)[0]
+    last = max((output_dir / "checkpoints").glob("step_*"))
+    state = torch.load(last / "state.pt", weights_only=True)
+    return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), state)
+
+
+@pytest.fixture
+def train_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    """Runs the real job on a prepared data set, up to the weights; nothing is prepared and nothing is drawn."""
+
+    def run(settings: JobSettings, dataset: PreparedDataset, progress: job.Progress | None = None) -> Trained:
+        def keep(folder: Path, *_: object) -> None:
+            shutil.copytree(folder, settings.output_dir / "weights", dirs_exist_ok=True)
+
+        monkeypatch.setattr(job, "prepared", lambda *_: dataset)
+        monkeypatch.setattr(job, "finish", keep)
+        job.train(settings, progress)
+        return read_trained(settings.output_dir)
+
+    return run

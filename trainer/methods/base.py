@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
 from trainer.families.base import Family
@@ -83,9 +84,9 @@ class Method(ABC):
         """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
 
     def set_strength(self, family: Family, strength: float) -> None:
-        """Scale the adapter's effect; 0 is the base model's denoiser."""
+        """Scale the adapter's effect; 0 is the base model's denoiser. Raises UserError where there is no scale."""
         if strength != 1:
-            raise ValueError(f"method {self.name} has no adjustable strength")
+            raise UserError(f"lora_scale cannot change weights trained by method {self.name}: leave it at 1.")
 
 
 def weights_factor(schedule: Schedule, progress: float, warmup: float) -> float:

@@ -1,0 +1,274 @@
+"""The whole stage: an upload in, a folder out that holds what its manifest says, and every file accounted for."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocessing import captioner
+from preprocessing import prepare as stage
+from preprocessing.captioner import BlipSource
+from preprocessing.errors import UserError
+from preprocessing.prepare import prepare
+from preprocessing.prepared import PreparedDataset
+from preprocessing.settings import PrepareSettings
+
+
+def settings(source: Path, **changes: object) -> PrepareSettings:
+    return PrepareSettings(**{"input_images": source, "resolution": 64, "captioner": "none"} | changes)
+
+
+def picture(path: Path, size: tuple[int, int] = (80, 60), colour: object = "red", mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> Path:
+    """A folder with something of everything."""
+    folder = tmp_path / "upload"
+    picture(folder / "a.png", (200, 100), "red")
+    (folder / "a.txt").write_text("a stoking machine", encoding="utf-8")
+    picture(folder / "deep/b.jpg", (90, 200), "blue")
+    (folder / "captions.csv").write_text("caption,image_file\na TOK,b.jpg\nlost,gone.png\n", encoding="utf-8")
+    picture(folder / "c.png", (30, 30), "lime")
+    (folder / "broken.png").write_bytes(b"nothing")
+    (folder / "notes.txt").write_bytes(b"\xff")
+    picture(folder / ".hidden/d.png")
+    return folder
+
+
+def zipped(folder: Path, name: str = "data.zip") -> Path:
+    with zipfile.ZipFile(folder.parent / name, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    return folder.parent / name
+
+
+def test_every_file_is_an_item_a_caption_or_a_reject(upload, tmp_path):
+    folder = tmp_path / "out/prepared"
+    dataset = prepare(settings(upload), 8, folder)
+    assert [(item.source, item.caption, item.original_caption, item.caption_source) for item in dataset.items] == [
+        ("a.png", "TOK, a stoking machine", "a stoking machine", "user"),
+        ("c.png", "TOK", None, "none"),
+        ("deep/b.jpg", "a TOK", "a TOK", "user"),
+    ]
+    assert sorted(reject.source for reject in dataset.rejects) == ["broken.png", "captions.csv line 3", "notes.txt"]
+    assert [item.size for item in dataset.items] == [(88, 48), (64, 64), (40, 96)]
+    assert PreparedDataset.load(folder) == dataset
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "manifest.json"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["prepared"]
+
+
+def test_the_folder_holds_what_the_manifest_says(upload, tmp_path):
+    dataset = prepare(settings(upload), 8, tmp_path / "prepared")
+    for item, colour in zip(dataset.items, [(255, 0, 0), (0, 255, 0), (0, 0, 255)], strict=True):
+        with Image.open(dataset.folder / item.image) as image:
+            assert (image.mode, image.size) == ("RGB", item.size)
+            assert image.getpixel((5, 5)) == pytest.approx(colour, abs=2)
+        assert all(resized >= side for resized, side in zip(item.resized_size, item.size, strict=True))
+        assert all(0 <= c <= r - s for c, r, s in zip(item.crop, item.resized_size, item.size, strict=True))
+        assert item.original_size[0] / item.original_size[1] == pytest.approx(
+            item.resized_size[0] / item.resized_size[1], rel=0.02
+        )
+    small = dataset.items[1]
+    assert (small.original_size, small.resized_size) == ((30, 30), (64, 64))
+
+
+def test_archive_and_folder_come_out_the_same(upload, tmp_path):
+    first = prepare(settings(upload), 8, tmp_path / "one")
+    second = prepare(settings(zipped(upload)), 8, tmp_path / "two")
+    assert first.items == second.items
+    assert first.dataset_hash == second.dataset_hash
+    assert first.inputs_hash != second.inputs_hash
+
+
+def test_orientation_counts_before_the_bucket_is_chosen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "data/x.jpg", exif=exif)
+    item = prepare(settings(tmp_path / "data"), 8, tmp_path / "out").items[0]
+    assert item.original_size == (100, 200)
+    assert item.size[0] < item.size[1]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_masks_show_what_alpha_shows_through_the_same_crop(tmp_path, wanted):
+    pixels = np.zeros((100, 200, 4), np.uint8)
+    pixels[:, 100:] = (255, 0, 0, 255)
+    (tmp_path / "data").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "data/cut.png")
+    picture(tmp_path / "data/opaque.png", mode="RGBA")
+    dataset = prepare(settings(tmp_path / "data", mask_from_alpha=wanted), 8, tmp_path / "out")
+    cut, opaque = dataset.items
+    assert opaque.mask is None
+    with Image.open(dataset.folder / cut.image) as image:
+        assert image.getpixel((10, 20)) == (255, 255, 255)
+        assert image.getpixel((70, 20)) == (255, 0, 0)
+    if not wanted:
+        assert cut.mask is None
+        return
+    with Image.open(dataset.folder / cut.mask) as mask:
+        assert (mask.mode, mask.size) == ("L", cut.size)
+        values = np.asarray(mask)
+    middle = cut.size[0] // 2
+    assert values[:, : middle - 2].max() == 0
+    assert values[:, middle + 2 :].min() == 255
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_captioner_writes_for_those_that_have_none_from_the_crop(tmp_path, blip_folder, monkeypatch):
+    monkeypatch.setitem(captioner.SOURCES, "blip", BlipSource(str(blip_folder)))
+    monkeypatch.setattr(captioner.BlipCaptioner, "batch_size", 2)
+    # Red where it is cropped, blue outside: a captioner of the whole picture would say blue.
+    sliver = Image.new("RGB", (1000, 40), "blue")
+    sliver.paste("red", (400, 0, 600, 40))
+    (tmp_path / "data").mkdir()
+    sliver.save(tmp_path / "data/sliver.png")
+    for colour in ("lime", "blue", "red"):
+        picture(tmp_path / f"data/{colour}.png", colour=colour)
+    (tmp_path / "data/red.txt").write_text("mine", encoding="utf-8")
+    reports = []
+    dataset = prepare(
+        settings(tmp_path / "data", captioner="blip"), 8, tmp_path / "out", lambda *report: reports.append(report)
+    )
+    assert {item.source: (item.caption, item.original_caption, item.caption_source) for item in dataset.items} == {
+        "blue.png": ("TOK, a blue square", "a blue square", "blip"),
+        "lime.png": ("TOK, a green square", "a green square", "blip"),
+        "red.png": ("TOK, mine", "mine", "user"),
+        "sliver.png": ("TOK, a red square", "a red square", "blip"),
+    }
+    assert reports[0] == ("unpack", 0, 1)
+    assert [report for report in reports if report[0] == "pictures"] == [("pictures", n, 4) for n in range(1, 5)]
+    assert [report for report in reports if report[0] == "captions"] == [("captions", 2, 3), ("captions", 3, 3)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trigger_takes_the_place_of_the_captioners_word_but_of_no_users(tmp_path, blip_folder, monkeypatch):
+    monkeypatch.setitem(captioner.SOURCES, "toybox", BlipSource(str(blip_folder), subject="square"))
+    picture(tmp_path / "data/own.png", colour="red")
+    picture(tmp_path / "data/red.png", colour="red")
+    (tmp_path / "data/own.txt").write_text("a red square", encoding="utf-8")
+    items = prepare(settings(tmp_path / "data", captioner="toybox"), 8, tmp_path / "out").items
+    assert [(item.caption, item.original_caption) for item in items] == [
+        ("TOK, a red square", "a red square"),
+        ("a red TOK", "a red square"),
+    ]
+
+
+def test_no_captioner_is_loaded_where_every_picture_has_a_caption(tmp_path, monkeypatch):
+    monkeypatch.setitem(captioner.SOURCES, "toybox", BlipSource(str(tmp_path / "gone")))
+    picture(tmp_path / "data/a.png")
+    (tmp_path / "data/a.txt").write_text("", encoding="utf-8")
+    item = prepare(settings(tmp_path / "data", captioner="toybox"), 8, tmp_path / "out").items[0]
+    assert (item.caption, item.original_caption, item.caption_source) == ("TOK", "", "user")
+    picture(tmp_path / "data/b.png")
+    with pytest.raises(UserError, match="toybox captioner is missing"):
+        prepare(settings(tmp_path / "data", captioner="toybox"), 8, tmp_path / "out")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    decoded = []
+    decode = stage.decode
+    monkeypatch.setattr(stage, "decode", lambda path: (decoded.append(path), decode(path))[1])
+    return decoded
+
+
+def test_a_finished_folder_is_used_again_only_if_nothing_changed(upload, tmp_path, monkeypatch):
+    folder = tmp_path / "prepared"
+    first = prepare(settings(upload), 8, folder)
+    decoded = counted(monkeypatch)
+
+    def again(**changes: object) -> bool:
+        """Whether it was used again."""
+        decoded.clear()
+        dataset = prepare(settings(upload, **changes), 8, folder)
+        assert PreparedDataset.load(folder) == dataset
+        return not decoded
+
+    assert again()
+    assert not again(trigger_word="SKS")
+    assert not again()
+    (upload / "a.txt").write_text("other words", encoding="utf-8")
+    assert not again()
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["items"][0]["caption"] = "tampered"
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert not again()
+    picture(folder / first.items[0].image, first.items[0].size, "black")
+    assert not again()
+    (folder / first.items[0].image).unlink()
+    assert not again()
+    (folder / "manifest.json").write_text("{", encoding="utf-8")
+    assert not again()
+    assert again()
+
+
+def test_an_interrupted_run_leaves_the_earlier_folder_and_its_leavings_do_not_hinder(upload, tmp_path, monkeypatch):
+    folder = tmp_path / "out/prepared"
+    first = prepare(settings(upload), 8, folder)
+
+    def interrupt(*report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(upload, resolution=128), 8, folder, interrupt)
+    assert PreparedDataset.load(folder) == first
+    assert [path.name for path in folder.parent.iterdir()] == ["prepared"]
+    for state in ("building", "replaced"):
+        picture(folder.parent / f".prepared.{state}/images/000000.png")
+    assert prepare(settings(upload, resolution=128), 8, folder).resolution == 128
+    assert [path.name for path in folder.parent.iterdir()] == ["prepared"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(upload, tmp_path):
+    picture(tmp_path / "mine/keep.png")
+    with pytest.raises(UserError, match="holds something else"):
+        prepare(settings(upload), 8, tmp_path / "mine")
+    assert (tmp_path / "mine/keep.png").exists()
+    (tmp_path / "empty").mkdir()
+    assert len(prepare(settings(upload), 8, tmp_path / "empty").items) == 3
+
+
+def test_output_inside_the_input_is_refused(upload):
+    with pytest.raises(UserError, match="lies inside input_images"):
+        prepare(settings(upload), 8, upload / "out/prepared")
+
+
+def test_nothing_left_is_an_error_that_says_why(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        prepare(settings(folder), 8, tmp_path / "out")
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"0\.png: not a picture.*2\.png.*and 2 more") as caught:
+        prepare(settings(folder), 8, tmp_path / "out")
+    assert "3.png" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_is_missing_or_unsettled(tmp_path):
+    with pytest.raises(UserError, match="nothing at"):
+        prepare(settings(tmp_path / "none.zip"), 8, tmp_path / "out")
+    picture(tmp_path / "data/a.png")
+    with pytest.raises(UserError, match="resolution 64 is below 128"):
+        prepare(settings(tmp_path / "data"), 128, tmp_path / "out")
+    for change in ({"resolution": None}, {"captioner": "auto"}):
+        with pytest.raises(ValueError, match="settles"):
+            prepare(settings(tmp_path / "data", **change), 8, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_hostile_archives_leave_nothing_behind(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("a.png", b"x")
+        archive.writestr("../evil.png", b"x")
+    with pytest.raises(UserError, match="leads out"):
+        prepare(settings(tmp_path / "data.zip"), 8, tmp_path / "deep/out")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["data.zip", "deep"]

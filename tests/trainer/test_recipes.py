@@ -1,0 +1,65 @@
+"""Every recipe runs from the door to the pictures, on tiny base models of its family."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import predict
+import train
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three pictures, one of them with a caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        Image.new("RGB", (40, 32 + 4 * i), (80 * i, 200, 40)).save(folder / f"{i}.png")
+    (folder / "1.txt").write_text("a drawing of TOK", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, request, capsys) -> None:
+    base = request.getfixturevalue("tiny_xl" if "sdxl" in recipe.stem else "tiny_sd")
+    out = tmp_path / "out"
+    small = {
+        **{"input_images": pictures, "base_model": base, "output_dir": out, "captioner": "none", "report_to": "none"},
+        **{"resolution": 32, "max_train_steps": 2, "train_batch_size": 2, "preview_prompts": "TOK", "preview_seeds": 1},
+    }
+    train.main([str(recipe), *(str(word) for name, value in small.items() for word in (f"--{name}", value))])
+    assert f"weights: {out / 'trained_model.tar'}" in capsys.readouterr().out
+    assert (out / "report.html").is_file() and len(list((out / "samples").glob("*.png"))) == 2
+
+    argv = ["--prompt", "TOK", "--seed", "1", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "drawn")]
+    predict.main(["--weights", str(out / "trained_model.tar"), *argv])
+    with Image.open(tmp_path / "drawn" / "0001_seed1.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_config_of_a_result_runs_it_again(pictures: Path, tmp_path: Path, tiny_sd: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    argv = ["--input_images", pictures, "--base_model", tiny_sd, "--resolution", 32, "--max_train_steps", 2]
+    argv += ["--train_batch_size", 2, "--captioner", "none", "--report_to", "none", "--preview_prompts", "TOK"]
+    train.main([*map(str, argv), "--output_dir", str(first)])
+    _unpacked(first / "trained_model.tar", "config.yaml", tmp_path / "config.yaml")
+    train.main([str(tmp_path / "config.yaml"), "--output_dir", str(again)])
+    for member in ("adapter.safetensors", "embeddings.safetensors", "config.yaml"):
+        results = [_unpacked(out / "trained_model.tar", member, tmp_path / member) for out in (first, again)]
+        if member == "config.yaml":
+            results = [yaml.safe_load(text) | {"output_dir": None} for text in results]
+        assert results[0] == results[1], member
+
+
+def _unpacked(archive: Path, member: str, target: Path) -> bytes:
+    """The bytes of one member, also written to `target`."""
+    with tarfile.open(archive) as tar:
+        content = tar.extractfile(member).read()
+    target.write_bytes(content)
+    return content

@@ -1,0 +1,73 @@
+"""Which pictures a step trains on: one bucket a step, every picture as often as any other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from trainer.sampler import steps
+
+UNEQUAL = ["wide"] * 9 + ["tall"]
+THREE = ["a", "b", "a", "c", "c", "a", "c", "c"]
+
+
+def first(buckets: list[str], count: int, seed: int, number: int) -> list[list[int]]:
+    return list(islice(steps(buckets, count, seed), number))
+
+
+@pytest.mark.parametrize("count", [1, 4, 13])
+@pytest.mark.parametrize("buckets", [UNEQUAL, THREE])
+def test_a_step_is_of_one_bucket_and_of_the_size_asked_for(buckets, count):
+    for indices in first(buckets, count, 0, 60):
+        assert len(indices) == count
+        assert len({buckets[i] for i in indices}) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("buckets", [UNEQUAL, THREE, ["one"] * 7, ["one"], list("abcdefgh")])
+def test_every_picture_is_seen_equally_often(buckets, seed):
+    count, number = 4, 50 * len(buckets)
+    seen = Counter(i for indices in first(buckets, count, seed, number) for i in indices)
+    expected = count * number / len(buckets)
+    assert set(seen) == set(range(len(buckets)))
+    # a bucket may be a step ahead or behind at any time, and its pictures an epoch apart by one
+    sizes = Counter(buckets)
+    for i, times in seen.items():
+        assert abs(times - expected) <= 2 * count / sizes[buckets[i]] + 1
+
+
+@pytest.mark.parametrize("buckets", [UNEQUAL, THREE])
+def test_no_bucket_falls_behind_for_long(buckets):
+    chosen = [buckets[indices[0]] for indices in first(buckets, 2, 3, 400)]
+    for name, size in Counter(buckets).items():
+        share = size / len(buckets)
+        for number in range(1, 401):
+            assert abs(chosen[:number].count(name) - share * number) < 2
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_inside_a_bucket_every_picture_comes_once_before_any_comes_twice(count):
+    order: dict[str, list[int]] = {}
+    for indices in first(THREE, count, 1, 200):
+        order.setdefault(THREE[indices[0]], []).extend(indices)
+    for name, sequence in order.items():
+        members = [i for i, bucket in enumerate(THREE) if bucket == name]
+        for start in range(0, len(sequence) - len(members), len(members)):
+            assert sorted(sequence[start : start + len(members)]) == members
+
+
+def test_epochs_are_shuffled_anew():
+    epochs = {tuple(indices) for indices in first(["one"] * 8, 8, 0, 5)}
+    assert len(epochs) == 5
+
+
+def test_the_order_is_the_seeds_alone():
+    assert first(UNEQUAL, 4, 7, 50) == first(UNEQUAL, 4, 7, 50)
+    assert first(UNEQUAL, 4, 0, 50) != first(UNEQUAL, 4, 1, 50)
+
+
+def test_a_small_step_takes_the_order_up_where_a_large_one_would():
+    large, small = first(["one"] * 6, 4, 0, 6), first(["one"] * 6, 2, 0, 12)
+    assert [i for indices in large for i in indices] == [i for indices in small for i in indices]
