@@ -58,7 +58,8 @@ class Studio:
         if self.generator is None or self.base_model != base:
             from trainer.generate import Generator
 
-            self.generator, self.base_model, self.loaded = Generator(base), base, None
+            self.generator = self.base_model = self.loaded = None  # free its memory before the next one is loaded
+            self.generator, self.base_model = Generator(base), base
         wanted = (archive, archive.stat().st_mtime_ns) if archive else None
         if wanted != self.loaded:
             self.generator.release()
@@ -120,7 +121,8 @@ def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[Lo
     from PIL.PngImagePlugin import PngInfo
 
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name[:4]) for path in settings.output_dir.glob("[0-9][0-9][0-9][0-9]_seed*.png")]
+    numbers = (path.name.partition("_")[0] for path in settings.output_dir.glob("*_seed*.png"))
+    taken = [int(number) for number in numbers if number.isdecimal()]
     files = []
     for i, picture in enumerate(pictures):
         seed = settings.seed + i

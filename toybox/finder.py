@@ -4,11 +4,13 @@
         --moved and resized by fractions of a pixel--> the best fit --> likeness
 
 The background is the oracle's: a pixel outside the sprite may be any tone of it, so that neither the phase of the
-stripes nor their edges count against a picture.
+stripes nor their edges count against a picture. A sprite of one colour has an outline only: a shape of its own colour
+and outline is the sprite.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -24,10 +26,11 @@ BORDER = 12  # no sprite's centre is nearer to the picture's edge
 RADIUS_STEPS = 16
 RADIUS_RANGE = (0.86 * min(RADII.values()), 1.12 * max(RADII.values()))
 STRETCHES = (0.9, 1.0, 1.1)
-CANDIDATES = 3
+BANDS = 4  # of radii, each with a candidate: where a sprite is much like the background, small ones misfit least
 BLUR = 0.9  # pixels; differences finer than this are no difference
 SPRITE_SIDE = 2 * round(RADIUS_RANGE[1]) * OVERSAMPLE
 ENERGY_FLOOR = 0.02  # squared RGB difference (0..1 each) that passes for noise where a sprite hardly stands out
+MIN_LIKENESS = 0.78  # calibrated by `python -m toybox.score oracle`
 VARIANCE_FLOOR = 0.02  # the same for a sprite of one colour, which has no structure to compare
 
 
@@ -51,26 +54,29 @@ class Find:
 
     @property
     def likeness(self) -> float:
-        return (self.outline + self.structure) / 2
+        """The weaker of the two, for a sprite is both."""
+        return min(self.outline, self.structure)
+
+    @property
+    def found(self) -> bool:
+        return self.likeness > MIN_LIKENESS
 
 
-def _kernel() -> np.ndarray:
-    reach = np.arange(-3, 4)
-    weights = np.exp(-(reach**2) / (2 * BLUR**2))
-    return (weights / weights.sum()).astype(np.float32)
+@functools.cache
+def _smoothing(side: int) -> np.ndarray:
+    """The matrix [side, side] that blurs a line of pixels; its rows sum to 1 at the edges too."""
+    apart = np.subtract.outer(np.arange(side), np.arange(side))
+    weights = np.exp(-(apart**2) / (2 * BLUR**2))
+    weights[weights < 1e-6] = 0  # or the matrix holds denormal numbers, with which products take ten times as long
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def blur(values: np.ndarray) -> np.ndarray:
-    """Gaussian blur of [H, W, C] along both axes, edges repeated."""
-    kernel = _kernel()
-    reach = len(kernel) // 2
-    for axis in (0, 1):
-        length = values.shape[axis]
-        widths = [(reach, reach) if i == axis else (0, 0) for i in range(values.ndim)]
-        wide = np.pad(values, widths, mode="edge")
-        parts = (np.take(wide, range(i, i + length), axis) * weight for i, weight in enumerate(kernel))
-        values = sum(parts)
-    return values
+    """Gaussian blur of [side, side, C] along both axes."""
+    smoothing = _smoothing(len(values))
+    return np.einsum(
+        "yh,hwc->ywc", smoothing, np.einsum("xw,hwc->hxc", smoothing, values, optimize=True), optimize=True
+    )
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,11 @@ class _Scene:
 
     def without(self, colours: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What remains of the picture when colours (premultiplied) lie over the background, and that background."""
-        through = 1 - alpha[..., None]
-        rest = self.pixels - colours - through * self.first
-        reach = through * self.step
-        tone = (rest * reach).sum(-1) / np.maximum((reach * reach).sum(-1), 1e-6)
-        tone = tone.clip(self.low, self.high)[..., None]
-        return rest - tone * reach, self.first + tone * self.step
+        through = 1 - alpha
+        rest = self.pixels - colours - through[..., None] * self.first
+        tone = (rest @ self.step) / np.maximum(through * (self.step @ self.step), 1e-6)
+        tone = tone.clip(self.low, self.high)
+        return rest - (tone * through)[..., None] * self.step, self.first + tone[..., None] * self.step
 
 
 class Finder:
@@ -109,11 +114,14 @@ class Finder:
         middle = WIDE / 2
         self._places = [Place(middle, middle, float(r), stretch) for r in radii for stretch in STRETCHES]
         drawn = np.stack([self.draw(place, WIDE) for place in self._places])
-        colours, alphas = np.stack([blur(d[..., :3]) for d in drawn]), np.stack([blur(d[..., 3:])[..., 0] for d in drawn])
+        colours, alphas = (
+            np.stack([blur(d[..., :3]) for d in drawn]),
+            np.stack([blur(d[..., 3:])[..., 0] for d in drawn]),
+        )
         energies = (colours**2).sum(-1) / np.maximum(alphas, 1e-4)
         self._alphas, self._energies = (np.conj(np.fft.rfft2(maps)) for maps in (alphas, energies))
         self._colours = np.conj(np.fft.rfft2(colours, axes=(1, 2)))
-        inside = np.pad(np.ones((SIZE, SIZE)), MARGIN)
+        inside = np.pad(np.ones((SIZE, SIZE), np.float32), MARGIN)
         self._inside = np.fft.rfft2(inside)
 
     def draw(self, place: Place, side: int = SIZE) -> np.ndarray:
@@ -145,17 +153,18 @@ class Finder:
         return self._judge(scene, self._settle(scene, place))
 
     def _candidates(self, scene: _Scene) -> list[Place]:
-        """The best places of the coarse search, one for each of the best templates."""
+        """The best place of the coarse search in each of a few bands of radii."""
         pixels = blur(scene.pixels)
         taken = (pixels**2).sum(-1) - (scene.residue**2).sum(-1)
         taken, wide = np.pad(taken, MARGIN), np.pad(pixels, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
         products = np.fft.rfft2(taken) * self._alphas + self._inside * self._energies
-        products -= 2 * (np.fft.rfft2(wide, axes=(0, 1)) * self._colours).sum(-1)
+        products -= 2 * np.einsum("yxc,kyxc->kyx", np.fft.rfft2(wide, axes=(0, 1)), self._colours)
         misfits = np.fft.fftshift(np.fft.irfft2(products, s=(WIDE, WIDE)), axes=(1, 2))
         first, side = MARGIN + BORDER, SIZE - 2 * BORDER
         inner = misfits[:, first : first + side, first : first + side].reshape(len(misfits), -1)
         places = []
-        for index in np.argsort(inner.min(1))[:CANDIDATES]:
+        for band in np.array_split(np.arange(len(inner)), BANDS):
+            index = int(band[inner[band].min(1).argmin()])
             y, x = divmod(int(inner[index].argmin()), side)
             places.append(replace(self._places[index], x=float(x + BORDER), y=float(y + BORDER)))
         return places

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 
 from preprocessing.errors import UserError
 from preprocessing.trigger import trigger_pattern
@@ -62,7 +63,7 @@ class Generator:
                     f"{self.family.name}: choose its own base_model."
                 )
             self.release()
-            method = methods.create(JobSettings.model_validate(manifest.settings))
+            method = methods.create(_settings_of(manifest))
             stack.callback(self._forget, method)
             method.load(folder, self.family)
             self._method, self.manifest = method, manifest
@@ -99,6 +100,9 @@ class Generator:
         pipe = self.family.pipeline(image_to_image=settings.image is not None)
         if settings.scheduler is not None:
             pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config)
+        if settings.image is not None and settings.prompt_strength == 0:
+            yield [arguments["image"]] * len(prompts)
+            return
         for start in range(0, len(prompts), DRAW_BATCH):
             chunk = slice(start, start + DRAW_BATCH)
             text = self.family.pipeline_inputs(
@@ -123,7 +127,10 @@ class Generator:
                 )
         if settings.image is None:
             return arguments | {"width": width, "height": height}
-        return arguments | {"image": _open(settings.image, (width, height)), "strength": settings.prompt_strength}
+        # one step at least, and a little more, lest rounding make it none
+        least = min(1.0, (1 + 1e-6) / arguments["num_inference_steps"])
+        strength = max(settings.prompt_strength, least)
+        return arguments | {"image": _open(settings.image, (width, height)), "strength": strength}
 
     def _words(self, prompts: list[str]) -> list[str]:
         return self._method.words(prompts) if self._method is not None else prompts
@@ -150,6 +157,18 @@ class Generator:
 
 
 PIPELINE_DEFAULTS = {"guidance_scale": 7.0, "num_inference_steps": 30}
+
+
+def _settings_of(manifest: Manifest) -> JobSettings:
+    try:
+        return JobSettings.model_validate(manifest.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{artifact.MANIFEST} of the weights: settings: {field}: {first['msg']}; use the version of the program "
+            f"that wrote it."
+        ) from error
 
 
 def seed_of(settings: DrawSettings) -> int:

@@ -128,6 +128,8 @@ def make_accelerator(settings: JobSettings) -> Accelerator:
     except (ImportError, ValueError) as error:
         raise UserError(f"report_to {tracker} cannot be used here ({error}): install it or choose none.") from error
     if tracker:
+        if not accelerator.log_with:  # accelerate only warns
+            raise UserError(f"report_to {tracker} is not installed here: pip install {tracker}, or choose none.")
         accelerator.init_trackers("logs")
     return accelerator
 
@@ -180,7 +182,10 @@ def fit(
             family.free(TEXT)
         if settings.gradient_checkpointing:
             family.enable_gradient_checkpointing()
-    identity = fingerprint(settings, dataset.dataset_hash)
+    identity = fingerprint(settings, dataset.dataset_hash) | {
+        "base_hash": families.fingerprint(settings.base_model),
+        "processes": accelerator.num_processes,
+    }
     checkpoints = Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit)
     if accelerator.is_main_process and not settings.resume:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)  # of an earlier job: never mixed with this one's

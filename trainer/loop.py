@@ -170,6 +170,7 @@ class Loop:
             scheduled.optimiser.load_state_dict(value)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self.average.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpoint.restore_random_state(state["random"])

@@ -50,7 +50,8 @@ class Metrics:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             rates = {name: f"{value:.1e}" for name, value in values.items() if name.startswith("lr/")}
-            self._bar.set_postfix({"loss": f"{values['loss']:.4f}", **rates}, refresh=False)
+            speed = {"img/s": f"{row['images_per_second']:.1f}"}
+            self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | rates | speed, refresh=False)
             self._bar.update()
         self._accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         return row

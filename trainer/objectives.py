@@ -39,6 +39,7 @@ class Ddpm:
         self.scheduler = scheduler
         self.steps = scheduler.config.num_train_timesteps
         self.prediction_type = scheduler.config.prediction_type
+        self.zero_terminal_snr = float(scheduler.alphas_cumprod[-1] < 1e-6)
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {self.prediction_type!r}")
 
@@ -68,7 +69,8 @@ class Ddpm:
         if self.prediction_type == "sample":
             return clipped
         if self.prediction_type == "v_prediction":
-            return clipped / (snr + 1)
+            # on a zero-terminal-SNR schedule one more, or the step of pure noise, where drawing starts, weighs nothing
+            return (clipped + self.zero_terminal_snr) / (snr + 1)
         # min(snr, gamma) / snr, written so that its limit at snr = 0 (a zero-terminal-SNR schedule) is 1, not NaN
         return torch.where(snr > snr_gamma, snr_gamma / snr.clamp(min=snr_gamma), torch.ones_like(snr))
 

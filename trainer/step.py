@@ -76,7 +76,8 @@ class TrainStep(nn.Module):
             return encoded
         # the null conditioning need not be the encoding of "" (SDXL's is zeros), so it is put in its place
         dropped = torch.tensor([caption == "" for caption in captions], device=self._family.device)
-        null = self._text[""]
+        # the base model's serves too where its text encoders are not trained themselves
+        null = self._family.null_conditioning() if self._settings.train_text_encoder else self._text[""]
         return {
             name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
             for name, value in encoded.items()

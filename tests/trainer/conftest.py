@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -22,13 +23,15 @@ from diffusers import (
 )
 from PIL import Image
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
-from trainer import families, job
+from trainer import families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 
 SIDE = 32
@@ -177,6 +180,16 @@ def dataset(tmp_path: Path) -> PreparedDataset:
 
 
 @pytest.fixture
+def masked_dataset(tmp_path: Path) -> PreparedDataset:
+    return make_dataset(tmp_path / "masked", masked=True)
+
+
+@pytest.fixture
+def one_picture(tmp_path: Path) -> PreparedDataset:
+    return make_dataset(tmp_path / "one", count=1)
+
+
+@pytest.fixture
 def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
     """Complete settings of a short job on the tiny SD model; tests change what they are about."""
     return JobSettings(
@@ -209,6 +222,90 @@ def load_family() -> Callable[[Path], Family]:
     return load
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pivotal": {"method": "pivotal", "lora_alpha": 7.0, "class_word": "dog"},
+    "pivotal dora": {"method": "pivotal", "use_dora": True, "lora_targets": "attention_conv"},
+    "inversion": {"method": "textual_inversion"},
+    "lora": {"method": "lora", "lora_alpha": 2.0, "lora_targets": "all"},
+    "lora text": {"method": "lora", "train_text_encoder": True},
+    "full": {"method": "full"},
+    "full text": {"method": "full", "train_text_encoder": True},
+}
+
+
+@pytest.fixture
+def create(job_settings: JobSettings, tiny_model: Path) -> Callable[..., Method]:
+    """Makes a variant's method, with any changes to its settings."""
+
+    def made(variant: str, **changes: Any) -> Method:
+        stored = job_settings.model_dump() | {"base_model": str(tiny_model)} | VARIANTS[variant] | changes
+        return methods.create(JobSettings.model_validate(stored))
+
+    return made
+
+
+class Lab:
+    """A loaded base model to try methods on."""
+
+    caption = "a photo of TOK on a beach"
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: self.family.module(name) for name in (*(net.name for net in self.family.nets), "vae")}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything of the family that a method could change, copied."""
+        modules, towers = self.modules(), self.family.text
+        named = [(f"{n}.{k}", p) for n, module in modules.items() for k, p in module.named_parameters()]
+        return {
+            "tensors": {f"{n}.{k}": v.clone() for n, module in modules.items() for k, v in module.state_dict().items()},
+            "tree": {n: [(k, type(part)) for k, part in module.named_modules()] for n, module in modules.items()},
+            "trainable": [name for name, p in named if p.requires_grad],
+            "gradients": [name for name, p in named if p.grad is not None],
+            "tokenizers": [len(tower.tokenizer) for tower in towers],
+            "vocabulary": [tower.encoder.config.vocab_size for tower in towers],
+            "peft": [name for name, module in modules.items() if hasattr(module, "peft_config")],
+        }
+
+    def assert_unchanged(self, before: dict[str, Any]) -> None:
+        found = self.snapshot()
+        assert found["tensors"].keys() == before["tensors"].keys()
+        assert [k for k, v in before["tensors"].items() if not torch.equal(found["tensors"][k], v)] == []
+        assert {k: v for k, v in found.items() if k != "tensors"} == {k: v for k, v in before.items() if k != "tensors"}
+
+    def predict(self, caption: str, family: Family | None = None) -> torch.Tensor:
+        """The denoiser's answer at one fixed noisy latent."""
+        family = family or self.family
+        noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+        conditioning = family.encode_text([caption]) | {"time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]])}
+        return family.predict(noisy, torch.tensor([0.6]), conditioning)
+
+    def train(self, method: Method, steps: int = 3) -> list[nn.Parameter]:
+        """A few steps towards a fixed target; returns the parameters."""
+        parameters = [p for group in method.attach(self.family) for p in group.parameters]
+        optimiser = torch.optim.AdamW(parameters, lr=0.01)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            error = self.predict(method.words([self.caption])[0]) - 1
+            (error.square().mean() + method.penalty()).backward()
+            optimiser.step()
+        return parameters
+
+
+@pytest.fixture(scope="session")
+def untouched(tiny_model: Path) -> Family:
+    """Each of the tiny base models, to copy."""
+    return load(tiny_model)
+
+
+@pytest.fixture
+def lab(untouched: Family) -> Lab:
+    """Each of the tiny base models, fresh."""
+    return Lab(copy.deepcopy(untouched))
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a job left before anything was drawn: its weights, its metrics by step, its last checkpoint."""
@@ -229,9 +326,21 @@ def read_trained(output_dir: Path) -> Trained:
     tensors = {}
     for path in weights.glob("*.safetensors"):
         tensors |= load_tensors(path)[0]
-    last = max((output_dir / "checkpoints").glob("step_*"))
+    last = max(path.parent for path in (output_dir / "checkpoints").glob("step_*/info.json"))
     state = torch.load(last / "state.pt", weights_only=True)
     return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), state)
+
+
+@pytest.fixture(scope="session")
+def read_job() -> Callable[[Path], Trained]:
+    """Reads what `train_on` left in a folder."""
+    return read_trained
+
+
+@pytest.fixture
+def settings(job_settings: JobSettings) -> Callable[..., JobSettings]:
+    """The short job's settings with changes, checked."""
+    return lambda **changes: JobSettings.model_validate(job_settings.model_dump() | changes)
 
 
 @pytest.fixture

@@ -97,8 +97,15 @@ def test_weights_are_finite_where_no_signal_is_left(prediction):
     assert objective.scheduler.alphas_cumprod[-1] == 0
     weights = objective.weights(torch.arange(1, STEPS + 1) / STEPS, 5.0)
     assert torch.isfinite(weights).all() and (weights >= 0).all()
-    limit = {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}[prediction]
+    limit = {"epsilon": 1.0, "v_prediction": 1.0, "sample": 0.0}[prediction]
     assert weights[-1].item() == pytest.approx(limit, abs=1e-6)
+
+
+def test_v_weighs_one_more_of_x0s_error_where_drawing_starts_from_pure_noise():
+    objective, t = ddpm("v_prediction", zero_terminal_snr=True), torch.tensor([0.05, 0.4, 0.8, 1.0])
+    signal = objective.scheduler.alphas_cumprod[(t * STEPS).long() - 1]
+    snr = signal / (1 - signal)
+    torch.testing.assert_close(objective.weights(t, 5.0), (snr.clamp(max=5.0) + 1) / (snr + 1), rtol=1e-4, atol=1e-6)
 
 
 def test_at_the_last_step_of_a_zero_terminal_schedule_only_noise_is_seen(pair):

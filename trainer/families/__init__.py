@@ -78,7 +78,10 @@ def pipeline_name(source: str) -> str:
     if path.is_dir() and not (path / INDEX).exists():
         raise UserError(f"base_model {path} has no {INDEX}: give the folder of a whole diffusers pipeline.")
     index = path / INDEX if path.is_dir() else _hub_file(source, INDEX)
-    return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"base_model {path} has a damaged {INDEX}: download or copy it again.") from error
 
 
 def family_class(source: str) -> type[Family]:

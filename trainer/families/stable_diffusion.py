@@ -11,8 +11,10 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer import kohya
 from trainer.artifact import Manifest
 from trainer.families import model_config, resolve
@@ -79,16 +81,20 @@ class StableDiffusion(Family):
         pipeline_class = getattr(diffusers, cls.pipelines[0])
         path = Path(resolve(source))
         left_out = {name: None for part, names in PARTS.items() if part not in parts for name in names}
-        with _quietly():
-            if path.is_file():
-                pipe = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **left_out)
-            else:
-                left_out = {
-                    k: v for k, v in left_out.items() if k in pipeline_class._get_signature_keys(pipeline_class)[0]
-                }
-                # the VAE in fp32: fp16 overflows in XL's decoder, and bf16 costs visible detail
-                dtypes = {"vae": torch.float32, "default": dtype}
-                pipe = pipeline_class.from_pretrained(str(path), dtype=dtypes, **left_out, **cls._unused())
+        try:
+            with _quietly():
+                if path.is_file():
+                    pipe = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **left_out)
+                else:
+                    known = pipeline_class._get_signature_keys(pipeline_class)[0]
+                    left_out = {name: None for name in left_out if name in known}
+                    # the VAE in fp32: fp16 overflows in XL's decoder, and bf16 costs visible detail
+                    dtypes = {"vae": torch.float32, "default": dtype}
+                    pipe = pipeline_class.from_pretrained(str(path), dtype=dtypes, **left_out, **cls._unused())
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"base_model {path} could not be read ({str(error).splitlines()[0]}): download or copy it again."
+            ) from error
         return cls(pipe, dtype)
 
     @classmethod

@@ -70,30 +70,43 @@ def lora_state(family: Family, nets: list[str]) -> dict[str, Tensor]:
     }
 
 
-def load_lora(folder: Path, family: Family) -> list[str]:
-    """Put an archive's LoRA weights into the family's nets; the names of the nets.
+def saved_configs(folder: Path, family: Family) -> dict[str, LoraConfig]:
+    """peft's configuration of each net that an archive has LoRA weights for; UserError where it is not one."""
+    stored = artifact.read_manifest(folder).nets
+    unknown = sorted(set(stored) - {net.name for net in family.nets})
+    if unknown:
+        raise UserError(
+            f"The weights are for {unknown[0]}, which the base model has not: use the base they were made on."
+        )
+    try:
+        return {name: LoraConfig(**config) for name, config in stored.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{artifact.MANIFEST} of the weights: nets: {error}; train again or copy it again.") from error
 
-    Raises UserError where the weights do not fit the nets.
-    """
+
+def load_lora(folder: Path, family: Family, configs: dict[str, LoraConfig]) -> None:
+    """Put an archive's LoRA weights into the family's nets; raises UserError where the weights do not fit them."""
     tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
-    configs = artifact.read_manifest(folder).nets
     for name, config in configs.items():
         module = family.module(name)
-        inject(module, LoraConfig(**config))
+        inject(module, config)
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        outcome = set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
-        missing = [key for key in outcome.missing_keys if ".lora_" in key]
-        if outcome.unexpected_keys or missing:
-            key = (outcome.unexpected_keys + missing)[0]
-            raise UserError(
-                f"The weights do not fit the base model's {name} (at {key}): use the base they were made on."
-            )
+        check_fit(name, state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
+        set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
         module.requires_grad_(False)
-    return list(configs)
+
+
+def check_fit(net: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise UserError unless `found` has the keys and shapes of `wanted`."""
+    shapes = [{key: value.shape for key, value in state.items()} for state in (found, wanted)]
+    odd = sorted(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
+    if odd:
+        raise UserError(f"The weights do not fit the base model's {net} (at {odd[0]}): use the base they were made on.")
 
 
 def set_scale(module: nn.Module, strength: float) -> None:
-    """Scale what the LoRA layers add; 1 is as trained."""
+    """Scale what the LoRA layers add; 1 is as trained, 0 the base model."""
     for layer in tuner_layers(module):
         if hasattr(layer, "set_scale"):
             layer.set_scale(ADAPTER, strength)
+            layer.enable_adapters(strength != 0)  # DoRA's magnitudes know no scale

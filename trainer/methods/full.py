@@ -12,7 +12,7 @@ from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Family
-from trainer.methods.adapters import adapted_nets
+from trainer.methods.adapters import adapted_nets, check_fit
 from trainer.methods.base import Method, ParameterGroup, trained_state, weights_factor
 from trainer.methods.lora import TEXT_WEIGHTS, WEIGHTS, weights_group
 
@@ -58,10 +58,12 @@ class Full(Method):
 
     def load(self, folder: Path, family: Family) -> None:
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
-        for name in sorted({key.split(".", 1)[0] for key in tensors}):
+        names = {key.split(".", 1)[0] for key in tensors}
+        for name in sorted(names & {net.name for net in family.nets}):
             module = self._take(family, name)
             prefix = f"{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            check_fit(name, state, dict(module.named_parameters()))
             with torch.no_grad():
                 for key, parameter in module.named_parameters():
                     parameter.copy_(state[key])

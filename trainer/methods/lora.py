@@ -60,7 +60,7 @@ class Lora(Method):
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
-        layers = [layer for net in family.nets for layer in adapters.tuner_layers(family.module(net.name))]
+        layers = [layer for name in self._nets for layer in adapters.tuner_layers(family.module(name))]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -77,7 +77,9 @@ class Lora(Method):
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
 
     def load(self, folder: Path, family: Family) -> None:
-        self._family, self._nets = family, adapters.load_lora(folder, family)
+        configs = adapters.saved_configs(folder, family)
+        self._family, self._nets = family, list(configs)  # before anything is put in, so that it can be taken out
+        adapters.load_lora(folder, family, configs)
 
     def detach(self, family: Family) -> None:
         for name in self._nets:

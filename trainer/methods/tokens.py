@@ -27,7 +27,7 @@ class _Tower:
     tower: TextTower
     rows: nn.Parameter  # [n, d]
     vocabulary_std: float
-    original_weight: nn.Parameter
+    original_weight: Tensor  # the vocabulary as it was: [V, d]
     original_tokenizer: Any
 
 
@@ -49,15 +49,13 @@ class NewTokens:
     ) -> _Tower:
         tokenizer = copy.deepcopy(tower.tokenizer)
         if tokenizer.add_tokens(self.names) != len(self.names):
-            raise UserError(
-                f"Some of the tokens {self.names} are already words of the base model: rename trigger_word."
-            )
-        embedding = tower.encoder.get_input_embeddings()
-        original, size = embedding.weight, len(tower.tokenizer)
+            raise UserError(f"Some of the tokens {self.names} are already words of the base model: choose another one.")
+        # without its Parameter, whose data is replaced when the vocabulary grows
+        original, size = tower.encoder.get_input_embeddings().weight.detach(), len(tower.tokenizer)
         if values is None:
             rows = _initial_rows(tower, original[:size], class_word, (len(self.names), generator(seed, tower.name)))
         else:
-            rows = values[tower.embedding_key].float()
+            rows = self._fitting(values, tower.embedding_key, original.shape[1])
         tower.encoder.resize_token_embeddings(max(len(tokenizer), len(original)), mean_resizing=False)
         ids = tokenizer.convert_tokens_to_ids(self.names)
         config = TrainableTokensConfig(token_indices=ids, target_modules=["token_embedding"], init_weights=True)
@@ -68,13 +66,21 @@ class NewTokens:
         std = original[:size].float().std(dim=1).mean().item()
         return _Tower(tower, parameter, std, original, tower.tokenizer)
 
+    def _fitting(self, values: dict[str, Tensor], key: str, width: int) -> Tensor:
+        """The rows for one text encoder, checked: fp32 [n, width]."""
+        wanted = (len(self.names), width)
+        if key not in values or tuple(values[key].shape) != wanted:
+            found = tuple(values[key].shape) if key in values else "missing"
+            raise UserError(f"The token embeddings {key} of the weights are {found}, not {wanted}: use their own base.")
+        return values[key].float()
+
     def detach(self, family: Family) -> None:
         """Take the tokens out; vocabulary, weights and tokenizers are what they were."""
         for part in self._towers:
             encoder = part.tower.encoder
             remove(encoder)
             embedding = encoder.get_input_embeddings()
-            embedding.weight = part.original_weight
+            embedding.weight.data = part.original_weight
             embedding.num_embeddings = encoder.config.vocab_size = len(part.original_weight)
             family.replace_tokenizer(part.tower.name, part.original_tokenizer)
         self._towers = []

@@ -1,0 +1,139 @@
+"""What moves the parameters: rates by their schedules, Prodigy by its own, tokens until the pivot, the average."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from preprocessing.errors import UserError
+from trainer import optimisers
+from trainer.methods.base import ParameterGroup, weights_factor
+
+
+def states(output_dir: Path) -> list[dict[str, Any]]:
+    paths = sorted((output_dir / "checkpoints").glob("step_*/state.pt"))
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+EVERY_STEP = {"checkpoint_every": 1, "checkpoints_total_limit": 99}
+
+
+def group(optimizer: str, **changes: Any) -> ParameterGroup:
+    values = {"name": "weights", "parameters": [nn.Parameter(torch.ones(3))], "learning_rate": 0.1}
+    return ParameterGroup(**(values | {"optimizer": optimizer, "weight_decay": 0.01} | changes))
+
+
+def test_adamw_follows_the_schedule():
+    scheduled = optimisers.build(group("adamw"))
+    (settings,) = scheduled.optimiser.param_groups
+    assert settings["betas"] == (0.9, 0.99) and settings["weight_decay"] == 0.01
+    scheduled.set_factor(0.25)
+    assert scheduled.learning_rate == settings["lr"] == 0.1 * 0.25
+    scheduled.set_factor(0.0)
+    assert scheduled.learning_rate == 0.0
+
+
+def test_a_schedule_never_touches_prodigys_rate():
+    scheduled = optimisers.build(group("prodigy", learning_rate=123.0))
+    (settings,) = scheduled.optimiser.param_groups
+    for factor in (1.0, 0.3, 1e-9, 0.0):
+        scheduled.set_factor(factor)
+        assert settings["lr"] == 1.0
+    assert scheduled.learning_rate == 0.0  # a frozen group moves at none
+    scheduled.set_factor(0.3)
+    assert scheduled.learning_rate == settings["d"]
+
+
+def test_eight_bit_adamw_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="CUDA"):
+        optimisers.build(group("adamw8bit"))
+
+
+def test_prodigy_trains_both_groups_at_rates_of_its_own(settings, train_on, dataset):
+    chosen = {"optimizer": "prodigy", "text_embedding_optimizer": "prodigy", "pivot_fraction": 1.0}
+    job = settings(**chosen, **EVERY_STEP, max_train_steps=12, lr_warmup_steps=6, learning_rate=77.0)
+    trained = train_on(job, dataset)
+    kept = states(job.output_dir)
+    for state in kept:
+        assert [o["param_groups"][0]["lr"] for o in state["optimisers"]] == [1.0, 1.0]
+    first, last = ([o["param_groups"][0]["d"] for o in state["optimisers"]] for state in (kept[0], kept[-1]))
+    assert all(0 < a < b < 1 for a, b in zip(first, last, strict=True))
+    assert trained.rows[-1]["lr/weights"] == last[0] and trained.rows[-1]["lr/tokens"] == last[1]
+    moved = [not torch.equal(a, b) for a, b in zip(kept[-2]["parameters"], kept[-1]["parameters"], strict=True)]
+    assert all(moved) and all(torch.isfinite(tensor).all() for tensor in trained.tensors.values())
+
+
+def test_rates_are_those_of_the_schedules(settings, train_on, dataset):
+    job = settings(max_train_steps=8, lr_warmup_steps=2, lr_schedule="linear", pivot_fraction=0.5)
+    rows = train_on(job, dataset).rows
+    for i, row in enumerate(rows):
+        assert row["lr/weights"] == pytest.approx(1e-3 * weights_factor("linear", i / 8, 2 / 8), abs=1e-9)
+        assert row["lr/tokens"] == pytest.approx(1e-3 * (1 - i / 8) ** 1.7 if i < 4 else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fraction", "moves"),
+    [("adamw", 0.5, 4), ("prodigy", 0.45, 4), ("adamw", 0.0, 0), pytest.param("adamw", 1.0, 8, marks=pytest.mark.slow)],
+)
+def test_tokens_stop_moving_at_the_pivot_and_the_weights_go_on(fraction, moves, optimizer, settings, train_on, dataset):
+    job = settings(
+        text_embedding_optimizer=optimizer,
+        pivot_fraction=fraction,
+        max_train_steps=8,
+        caption_dropout=0.0,
+        **EVERY_STEP,
+    )
+    trained = train_on(job, dataset)
+    kept = [state["parameters"] for state in states(job.output_dir)]
+    rows = [parameters[-1] for parameters in kept]
+    assert torch.equal(rows[-1], trained.tensors["clip_l"])
+    # steps 2 to 8: step n moves them if it began before the pivot
+    assert [not torch.equal(a, b) for a, b in pairwise(rows)] == [n <= moves for n in range(2, 9)]
+    assert all(not torch.equal(a[1], b[1]) for a, b in pairwise(kept))
+
+
+def test_the_average_is_kept_as_said_and_delivered(settings, train_on, dataset):
+    common = {"method": "textual_inversion", "max_train_steps": 6, "text_embedding_lr": 0.05}
+    job = settings(ema_decay=0.6, **common, **EVERY_STEP)
+    trained = train_on(job, dataset)
+    kept = [state["parameters"][0] for state in states(job.output_dir)]
+    average = kept[0]
+    for i, parameter in enumerate(kept):
+        # it warms up: the first step is taken whole
+        decay = 0.0 if i == 0 else min(0.6, 1 - (1 + i) ** -0.75)
+        average = decay * average + (1 - decay) * parameter
+    torch.testing.assert_close(trained.tensors["clip_l"], average, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(trained.state["average"]["shadow_params"][0], average, rtol=1e-5, atol=1e-7)
+    assert (trained.tensors["clip_l"] - kept[-1]).abs().max() > 1e-3
+
+
+def test_the_average_does_not_disturb_the_training(settings, train_on, dataset, tmp_path):
+    plain = train_on(settings(output_dir=tmp_path / "plain"), dataset)
+    averaged = train_on(settings(output_dir=tmp_path / "averaged", ema_decay=0.9), dataset)
+    assert averaged.losses == plain.losses
+    for a, b in zip(averaged.state["parameters"], plain.state["parameters"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_are_clipped_to_the_norm(settings, train_on, dataset, monkeypatch):
+    seen: list[float] = []
+
+    class Sgd(torch.optim.SGD):
+        def __init__(self, parameters: list[nn.Parameter], **_: Any):
+            super().__init__(parameters, lr=1.0)
+
+        def step(self, closure: Any = None) -> None:
+            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+            seen.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Sgd)
+    rows = train_on(settings(method="full", max_grad_norm=0.01, lr_warmup_steps=0), dataset).rows
+    assert all(row["grad_norm"] > 0.02 for row in rows)
+    assert seen == pytest.approx([0.01] * 4, rel=1e-3)

@@ -1,0 +1,125 @@
+"""Make a training archive from one drawing: `python -m toybox.concept --sprite X.png --count 12 --seed 0 --out X.zip`.
+
+The sprite is pasted onto the world's backgrounds, at every position and size in turn, and captioned in varied wording.
+Only the backgrounds that `toybox.sprite.for_training` allows are used: the others are kept for `toybox.score adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from preprocessing.errors import UserError
+from toybox.captions import compose
+from toybox.sprite import combinations, load_sprite
+from toybox.world import CENTRES, OVERSAMPLE, RADII, Background, draw_background, paste_sprite, place
+
+MAX_COUNT = 1000  # names have three digits
+SIZE_SHARE = 0.4  # of the captions name the size
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """Where one picture shows the sprite; `jitter` in pixels."""
+
+    background: Background
+    position: str
+    size: str
+    jitter: tuple[float, float]
+
+
+def plan(sprite: Image.Image, count: int, rng: random.Random, training: bool = True) -> list[Pasted]:
+    """`count` pictures of the sprite: positions, sizes and backgrounds come in turn, so that each is as frequent."""
+    grounds = combinations(sprite, training, rng)
+    # Five positions and three sizes: turning together they go through all fifteen pairs.
+    positions, sizes = rng.sample(list(CENTRES), len(CENTRES)), rng.sample(list(RADII), len(RADII))
+    return [
+        Pasted(
+            background=Background(*grounds[i % len(grounds)], rng.random()),
+            position=positions[i % len(positions)],
+            size=sizes[i % len(sizes)],
+            jitter=(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)),
+        )
+        for i in range(count)
+    ]
+
+
+def picture_of(sprite: Image.Image, pasted: Pasted) -> Image.Image:
+    """The picture: RGB, 64x64."""
+    canvas = draw_background(pasted.background)
+    (x, y), radius = place(pasted.size, pasted.position, pasted.jitter)
+    paste_sprite(canvas, sprite, (x * OVERSAMPLE, y * OVERSAMPLE), radius * OVERSAMPLE)
+    return canvas.reduce(OVERSAMPLE)
+
+
+def caption_of(pasted: Pasted, trigger: str, rng: random.Random) -> str:
+    """A caption of varied wording with the trigger word for the sprite."""
+    subject = f"a {pasted.size} {trigger}" if rng.random() < SIZE_SHARE else trigger
+    return compose(subject, pasted.background, pasted.position, rng)
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> None:
+    """A zip with the members in order, written whole; the same members give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    os.replace(temporary, path)
+
+
+def make_archive(args: argparse.Namespace) -> None:
+    """The archive that the command line asks for; UserError for a sprite, count or trigger that will not do."""
+    if not 1 <= args.count <= MAX_COUNT:
+        raise UserError(f"--count {args.count} is out of range: ask for 1 to {MAX_COUNT} pictures")
+    if not re.fullmatch(r"\S+", args.trigger):
+        raise UserError(f"--trigger {args.trigger!r} is not one word: give a word without spaces")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: give the name of the zip to write")
+    sprite = load_sprite(args.sprite)
+    # Two streams, so that pictures do not depend on whether captions are written.
+    drawing, wording = random.Random(args.seed), random.Random(f"captions {args.seed}")
+    members: dict[str, bytes] = {}
+    for index, pasted in enumerate(plan(sprite, args.count, drawing)):
+        encoded = io.BytesIO()
+        picture_of(sprite, pasted).save(encoded, "PNG")
+        members[f"{index:03}.png"] = encoded.getvalue()
+        if not args.no_captions:
+            members[f"{index:03}.txt"] = (caption_of(pasted, args.trigger, wording) + "\n").encode()
+    write_archive(args.out, members)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m toybox.concept", description=__doc__.split("\n")[0])
+    result.add_argument("--sprite", type=Path, required=True, help="a drawing on a transparent ground (RGBA), any size")
+    result.add_argument("--out", type=Path, required=True, help="the zip to write")
+    result.add_argument("--count", type=int, default=12, help="how many pictures (default 12)")
+    result.add_argument("--seed", type=int, default=0, help="the same seed makes the same archive (default 0)")
+    result.add_argument("--trigger", default="TOK", help="the word that stands for the sprite (default TOK)")
+    result.add_argument("--no_captions", action="store_true", help="pictures alone, without text beside them")
+    return result
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        make_archive(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{args.out}: {args.count} pictures of {args.sprite}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Draw the two demo sprites: `python -m toybox.draw_sprites --out toybox/sprites`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIDE = 128
+DETAIL = 4  # drawn this much larger, then reduced, so that edges are smooth
+
+STEEL, STEEL_DARK, RUST, GLOW, COAL = "#9fb4c7", "#5d7388", "#d1495b", "#ffd166", "#22303c"
+LEAF, LEAF_DARK, CREAM, PLUM = "#2a9d6f", "#1b6b50", "#fff3d6", "#7b2d63"
+
+
+class Pencil:
+    """Draws on a transparent square in units of the finished picture's pixels (0..128)."""
+
+    def __init__(self) -> None:
+        self.picture = Image.new("RGBA", (SIDE * DETAIL, SIDE * DETAIL), (0, 0, 0, 0))
+        self._draw = ImageDraw.Draw(self.picture)
+
+    def box(self, corners: tuple[float, ...], fill: str, radius: float = 0) -> None:
+        self._draw.rounded_rectangle([DETAIL * c for c in corners], radius * DETAIL, fill=fill)
+
+    def ellipse(self, corners: tuple[float, ...], fill: str) -> None:
+        self._draw.ellipse([DETAIL * c for c in corners], fill=fill)
+
+    def polygon(self, corners: tuple[float, ...], fill: str) -> None:
+        self._draw.polygon([DETAIL * c for c in corners], fill=fill)
+
+    def ring(self, corners: tuple[float, ...], colour: str, width: float) -> None:
+        self._draw.ellipse([DETAIL * c for c in corners], outline=colour, width=round(width * DETAIL))
+
+    def finished(self) -> Image.Image:
+        return self.picture.reduce(DETAIL)
+
+
+def robot() -> Image.Image:
+    """A robot: square steel head with glowing eyes, red body with a dial, dark arms and feet."""
+    pencil = Pencil()
+    pencil.box((61, 4, 67, 20), COAL)
+    pencil.ellipse((56, 0, 72, 14), GLOW)
+    pencil.box((30, 16, 98, 62), STEEL, radius=8)
+    pencil.box((38, 28, 90, 46), COAL, radius=8)
+    pencil.ellipse((43, 29, 59, 45), GLOW)
+    pencil.ellipse((69, 29, 85, 45), GLOW)
+    pencil.box((50, 51, 78, 56), STEEL_DARK)
+    pencil.box((54, 60, 74, 70), COAL)
+    pencil.box((8, 70, 24, 106), STEEL_DARK, radius=6)
+    pencil.box((104, 70, 120, 106), STEEL_DARK, radius=6)
+    pencil.box((24, 66, 104, 112), RUST, radius=6)
+    pencil.ellipse((50, 74, 78, 102), STEEL)
+    pencil.polygon((64, 78, 70, 92, 58, 92), COAL)
+    pencil.box((32, 112, 54, 127), COAL, radius=3)
+    pencil.box((74, 112, 96, 127), COAL, radius=3)
+    return pencil.finished()
+
+
+def teapot() -> Image.Image:
+    """A teapot: a green belly with a cream band, a spout to the left, a plum handle to the right and a lid."""
+    pencil = Pencil()
+    pencil.ring((84, 38, 126, 88), PLUM, 9)
+    pencil.polygon((2, 34, 16, 34, 42, 72, 36, 96), LEAF_DARK)
+    pencil.ellipse((24, 34, 106, 114), LEAF)
+    pencil.box((25, 66, 105, 84), CREAM, radius=4)
+    for x in (34, 53, 72, 91):
+        pencil.ellipse((x, 70, x + 10, 80), PLUM)
+    pencil.box((44, 108, 86, 118), LEAF_DARK, radius=3)
+    pencil.ellipse((40, 24, 90, 48), LEAF_DARK)
+    pencil.ellipse((56, 10, 74, 28), PLUM)
+    return pencil.finished()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sprites", help="folder for the PNG files")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for draw in (robot, teapot):
+        draw().save(out / f"{draw.__name__}.png")
+
+
+if __name__ == "__main__":
+    main()
