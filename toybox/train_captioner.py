@@ -50,7 +50,9 @@ def build_model(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    vision = shared | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8, "projection_dim": 128}
+    # BLIP's own initializer_range for vision, 1e-10, leaves a net that starts from scratch blind for thousands of steps
+    vision = shared | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8, "initializer_range": 0.02}
+    vision |= {"projection_dim": 128}
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 

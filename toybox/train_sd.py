@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -148,8 +147,8 @@ class Learner(torch.nn.Module):
         lowest = torch.where(torch.arange(count) % 2 == 0, 0, steps * 7 // 10)
         return lowest + (torch.rand(count) * (steps - lowest)).long()
 
-    def forward(self, latents: torch.Tensor, captions: list[str], unet: Callable | None = None) -> torch.Tensor:
-        """The Min-SNR weighted v loss of scaled latents [B, 4, 16, 16]; `unet` may be a compiled form of the UNet."""
+    def forward(self, latents: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """The Min-SNR weighted v loss of scaled latents [B, 4, 16, 16]."""
         device = latents.device
         t = self.draw_timesteps(len(latents)).to(device)
         noise = torch.randn_like(latents)
@@ -160,7 +159,7 @@ class Learner(torch.nn.Module):
         # the plain attention: on a CPU the fused one's backward pass is twice as slow at this size
         with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = self.text_encoder(tokens).last_hidden_state
-            predicted = (self.unet if unet is None else unet)(noisy, t, states).sample.float()
+            predicted = self.unet(noisy, t, states).sample.float()
         error = (predicted - self.scheduler.get_velocity(latents, noise, t)).square().mean(dim=(1, 2, 3))
         snr = compute_snr(self.scheduler, t)
         # one more than Min-SNR's numerator, or the steps of pure noise, where drawing starts, would weigh nothing
@@ -196,7 +195,6 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--compile", action="store_true", help="a third less time a step, after minutes of compiling")
     parser.add_argument("--preview_every", type=int, default=1000)
     args = parser.parse_args()
     device = training.start(args)
@@ -209,7 +207,6 @@ def main() -> None:
     run = training.Run(args.work / "sd.pt", {"learner": learner, "optimiser": optimiser, "average": average})
     run.resume()
     average.to(device)
-    unet = torch.compile(learner.unet, dynamic=False) if args.compile else learner.unet
     losses = []
     while run.step < args.steps:
         for group in optimiser.param_groups:
@@ -219,7 +216,7 @@ def main() -> None:
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(scenes[i], wording) for i in index]
         mean, std = posteriors[index].float().to(device).chunk(2, dim=1)
         latents = (mean + std * torch.randn_like(mean)) * scale
-        loss = learner(latents.contiguous(memory_format=torch.channels_last), captions, unet)
+        loss = learner(latents.contiguous(memory_format=torch.channels_last), captions)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)

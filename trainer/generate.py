@@ -188,5 +188,5 @@ def _open(path: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), size, Image.Resampling.LANCZOS)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be read ({error}): give a PNG, JPEG or WebP picture.") from error

@@ -151,9 +151,9 @@ def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress
     return PreparedDataset.load(folder)
 
 
-def preserved_prompts(settings: JobSettings, dataset: PreparedDataset) -> tuple[str, ...]:
-    """The prompts on which the base model's predictions are to be kept."""
-    if not settings.preservation_weight:
+def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDataset) -> tuple[str, ...]:
+    """The prompts on which the base model's predictions are to be kept; none where the method cannot change them."""
+    if not settings.preservation_weight or not method.changes_weights:
         return ()
     if settings.preservation_prompts:
         return settings.preservation_prompts
@@ -171,7 +171,7 @@ def fit(
     settings: JobSettings,
 ) -> tempfile.TemporaryDirectory | None:
     """Encode, train and save the weights into a temporary folder (first process only)."""
-    preserved = preserved_prompts(settings, dataset)
+    preserved = preserved_prompts(settings, method, dataset)
     with stages.stage("cache"):
         # before the method attaches: what is cached of the text is the base model's
         captions = () if method.needs_text_grad else [item.caption for item in dataset.items]

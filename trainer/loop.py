@@ -81,17 +81,16 @@ class Loop:
 
     def _optimise(self, indices: list[int]) -> dict[str, float]:
         """One optimiser step over all its batches, on all processes; a step that is not finite is not applied."""
+        factors = self.plan.method.schedule(self.step / self.settings.max_train_steps)
         for scheduled in self.optimisers:
             scheduled.optimiser.zero_grad(set_to_none=True)
+            scheduled.set_factor(factors.get(scheduled.group.name, 1.0))
         loss = self._backward(indices)
         scaler = self.accelerator.scaler
         if scaler is not None:
             for scheduled in self.optimisers:
                 scaler.unscale_(scheduled.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm).item()
-        factors = self.plan.method.schedule(self.step / self.settings.max_train_steps)
-        for scheduled in self.optimisers:
-            scheduled.set_factor(factors.get(scheduled.group.name, 1.0))
         if math.isfinite(loss) and math.isfinite(norm):
             self._bad_steps = self._overflows = 0
             self._apply(scaler)

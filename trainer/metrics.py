@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def _as_json(row: dict[str, Any]) -> str:
+    """A row as strict JSON, which knows no NaN: null stands for what is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
 class Metrics:
     """Reports every optimiser step. `active` is false on all processes but the first."""
 
@@ -30,7 +37,7 @@ class Metrics:
         self._file = None
         if self._active:
             kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            path.write_text("".join(_as_json(row) + "\n" for row in kept), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=steps, initial=first_step, desc="train", disable=not self._active, mininterval=1.0, dynamic_ncols=True
@@ -47,7 +54,7 @@ class Metrics:
             "eta_s": round(seconds / done * (self._steps - step), 1),
         }
         if self._active:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(_as_json(row) + "\n")
             self._file.flush()
             rates = {name: f"{value:.1e}" for name, value in values.items() if name.startswith("lr/")}
             speed = {"img/s": f"{row['images_per_second']:.1f}"}

@@ -23,7 +23,10 @@ class ScheduledOptimiser:
         return self.group.optimizer == "prodigy"
 
     def set_factor(self, factor: float) -> None:
+        """Apply the schedule. A frozen group asks for no gradient: none is computed, none counts in the norm."""
         self.factor = factor
+        for parameter in self.group.parameters:
+            parameter.requires_grad_(factor != 0)
         if not self.adaptive:
             for group in self.optimiser.param_groups:
                 group["lr"] = self.group.learning_rate * factor

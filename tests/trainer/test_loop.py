@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import torch
 from preprocessing.errors import UserError
 from trainer import loop, step
 from trainer.loop import MAX_BAD_STEPS
+from trainer.metrics import METRICS_FILE
 from trainer.step import TrainStep
 
 # one process of a job on a prepared data set; every step takes the time given, so that it can be caught in the middle
@@ -206,6 +208,7 @@ def close(first: Any, second: Any) -> None:
 
 
 SPLIT = {"preservation_weight": 1.0, "caption_dropout": 0.3, "lora_l1_penalty": 0.1, "max_train_steps": 3}
+SPLIT["pivot_fraction"] = 0.5  # the last step trains with frozen tokens
 
 
 def test_accumulated_batches_are_one_large_batch(settings, train_on, masked_dataset, tmp_path):
@@ -235,6 +238,16 @@ def test_two_processes_are_one_of_twice_the_batch(settings, train_on, read_job, 
     # a step of one process would see half as much, so it does not go on with what two began
     with pytest.raises(UserError, match="processes"):
         train_on(shared.model_copy(update={"resume": True}), masked_dataset)
+
+
+def test_frozen_tokens_neither_move_nor_count_in_the_norm(settings, train_on, dataset):
+    """The penalty's gradient alone would be far above the limit; frozen, the tokens have none."""
+    changes = {"pivot_fraction": 0.5, "max_train_steps": 4, "token_std_penalty": 1e6, "checkpoint_every": 1}
+    trained = train_on(settings(checkpoints_total_limit=9, **changes), dataset)
+    norms = [row["grad_norm"] for row in trained.rows]
+    assert norms[1] > 1e3 > 10 > max(norms[2:])  # at step 0 their spread is the wanted one
+    rates = [row["lr/tokens"] for row in trained.rows]
+    assert min(rates[:2]) > 0 and rates[2:] == [0, 0]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int], spoiled) -> None:
@@ -274,6 +287,14 @@ def test_a_step_that_is_not_finite_is_not_applied(kind, settings, train_on, data
         assert (still, moved) == ((True, False) if number in {1, 2, 4} else (False, True))
     assert all(torch.isfinite(tensor).all() for tensor in trained.tensors.values())
     assert [row["step"] for row in trained.rows] == [1, 2, 3, 4, 5, 6]
+    # strict JSON: null where there is no number
+    strict = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (job.output_dir / METRICS_FILE).read_text().splitlines()
+    ]
+    assert [row["loss" if kind != "gradient" else "grad_norm"] is None for row in strict] == [
+        step in {1, 2, 4} for step in range(6)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=SLOW)])

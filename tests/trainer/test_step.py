@@ -46,7 +46,7 @@ def bench(lab, tiny_model, settings) -> Callable[..., Bench]:
     def made(dataset: PreparedDataset, **changes: Any) -> Bench:
         chosen = settings(base_model=str(tiny_model), **changes)
         method = methods.create(chosen)
-        preserved = preserved_prompts(chosen, dataset)
+        preserved = preserved_prompts(chosen, method, dataset)
         captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
         cached = cache.build(lab.family, dataset, [*captions, *preserved], lambda *_: None)
         method.attach(lab.family)
@@ -189,12 +189,16 @@ PRESERVE = {"preservation_weight": 2.0, "class_word": "thing"}
 
 
 def test_preserved_prompts_are_the_captions_with_the_class_word(settings, dataset):
-    assert preserved_prompts(settings(**PRESERVE), dataset) == tuple(f"a photo of thing number {i}" for i in range(4))
-    assert preserved_prompts(settings(preservation_weight=1.0), dataset)[0] == "a photo of number 0"
-    own = settings(preservation_weight=1.0, preservation_prompts=("a dog", "a cat"))
-    assert preserved_prompts(own, dataset) == ("a dog", "a cat")
-    assert preserved_prompts(settings(preservation_weight=0.0, preservation_prompts=("a dog",)), dataset) == ()
-    assert preserved_prompts(settings(), dataset) == ()
+    def prompts(**changes):
+        chosen = settings(**changes)
+        return preserved_prompts(chosen, methods.create(chosen), dataset)
+
+    assert prompts(**PRESERVE) == tuple(f"a photo of thing number {i}" for i in range(4))
+    assert prompts(preservation_weight=1.0)[0] == "a photo of number 0"
+    assert prompts(preservation_weight=1.0, preservation_prompts=("a dog", "a cat")) == ("a dog", "a cat")
+    assert prompts(preservation_weight=0.0, preservation_prompts=("a dog",)) == ()
+    assert prompts() == ()
+    assert prompts(**PRESERVE, method="textual_inversion") == ()  # it changes nothing that is without the trigger
 
 
 def test_every_third_sample_preserves(bench, dataset):

@@ -115,8 +115,9 @@ class Family(ABC):
         for net in self.nets:
             module = self.module(net.name)
             if module is not None:
-                enable = getattr(module, "gradient_checkpointing_enable", None) or module.enable_gradient_checkpointing
-                enable()
+                # transformers' name, then diffusers'
+                enable = getattr(module, "activation_checkpointing_enable", None)
+                (enable or module.enable_gradient_checkpointing)()
 
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:

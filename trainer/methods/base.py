@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,6 @@ class ParameterGroup:
     optimizer: Optimiser
     learning_rate: float
     weight_decay: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -37,6 +36,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs_text_grad: bool = False  # whether the text conditioning changes while training
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
+    changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
 
     def __init__(self, settings: JobSettings):
         self.settings = settings

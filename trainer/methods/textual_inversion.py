@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +22,7 @@ class TextualInversion(Method):
 
     name: ClassVar[str] = "textual_inversion"
     needs_text_grad = True
+    changes_weights: ClassVar[bool] = False
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
@@ -48,10 +47,6 @@ class TextualInversion(Method):
 
     def words(self, captions: list[str]) -> list[str]:
         return self._tokens.words(captions)
-
-    @contextmanager
-    def disabled(self, family: Family) -> Iterator[None]:
-        yield  # captions without the trigger read no new token
 
     def tokens(self) -> tuple[str, ...]:
         return tuple(self._tokens.names)
