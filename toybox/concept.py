@@ -22,6 +22,7 @@ from preprocessing.errors import UserError
 from toybox.captions import compose
 from toybox.sprite import combinations, load_sprite
 from toybox.world import CENTRES, OVERSAMPLE, RADII, Background, draw_background, paste_sprite, place
+from trainer import commandline
 
 MAX_COUNT = 1000  # names have three digits
 SIZE_SHARE = 0.4  # of the captions name the size
@@ -110,16 +111,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main() -> int:
-    args = parser().parse_args()
-    try:
-        make_archive(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> None:
+    """The command line. Raises UserError for what the user can mend."""
+    args = parser().parse_args(argv)
+    make_archive(args)
     print(f"{args.out}: {args.count} pictures of {args.sprite}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commandline.run(main))

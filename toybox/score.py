@@ -29,6 +29,7 @@ from toybox.oracle import agreement, fit_ground, look, nearest_position, object_
 from toybox.prompts import base_scenes, picture_seeds, unrelated_scenes
 from toybox.sprite import load_sprite
 from toybox.world import Scene, held_out
+from trainer import commandline
 
 if TYPE_CHECKING:
     from trainer.generate import Generator
@@ -246,15 +247,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main() -> int:
-    args = parser().parse_args()
-    try:
-        args.run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    """The command line. Raises UserError for what the user can mend."""
+    args = parser().parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commandline.run(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import logging
 import os
 import sys
 import types
@@ -61,6 +62,9 @@ def run(door: Callable[[list[str]], None]) -> int:
     """
     # Read when torch is loaded, later: threads that spin as they wait made training on a busy machine 40 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Pictures are handled without torchvision, and transformers says so at every start.
+    lines = logging.getLogger("transformers.utils.import_utils")
+    lines.addFilter(lambda record: "requires torchvision" not in record.getMessage())
     try:
         door(sys.argv[1:])
     except UserError as error:
