@@ -23,7 +23,7 @@ KL_WEIGHT = 1e-3  # per latent value; large enough that small errors of the diff
 
 
 def build_vae() -> AutoencoderKL:
-    """The VAE, untrained: 64x64x3 -> 16x16x4, 0.8 M parameters."""
+    """The VAE, untrained: 64x64x3 -> 16x16x4, 1.5 M parameters."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
