@@ -31,11 +31,18 @@ class FakeJob:
     folder: Path
     leaves_archive: bool = True
     settings: list[Any] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: BaseException | None = None
 
-    def train(self, settings: Any, progress: Any = None) -> types.SimpleNamespace:
+    def train(self, settings: Any, progress: Any = None, on_step: Any = None) -> types.SimpleNamespace:
         self.settings.append(settings)
         if progress:
             progress("train", 1, 2)
+        if on_step:
+            for row in self.rows:
+                on_step(row, 2)
+        if self.error:
+            raise self.error
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         archive = settings.output_dir / "trained_model.tar"
         if self.leaves_archive:
