@@ -20,6 +20,7 @@ from trainer import commandline
 from trainer.config import JobSettings
 
 LONGEST_CONFIG = 2**20  # bytes
+LONGEST_TRACEBACK = 20_000  # characters
 
 
 class JobFailed(RuntimeError):
@@ -36,7 +37,7 @@ def told_shortly() -> Iterator[None]:
     except UserError as error:
         raise UserError(short(str(error))) from None
     except Exception as error:
-        print(redacted(traceback.format_exc()), file=sys.stderr)
+        print(redacted(traceback.format_exc())[-LONGEST_TRACEBACK:], file=sys.stderr)
         raise JobFailed(short(f"{type(error).__name__}: {error}")) from None
 
 
