@@ -33,6 +33,8 @@ DEFAULT_BASE = JobSettings.model_fields["base_model"].default
 
 SCHEDULERS = ["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
+hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads
+
 
 class PredictSettings(DrawSettings):
     """Where the weights come from and the pictures go."""

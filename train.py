@@ -26,6 +26,8 @@ CAPTIONERS = ["auto", "toybox", "blip", "none"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 
+hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads
+
 
 def train(
     input_images: Path = Input(description="Zip or tar of pictures. Uploads over 75 MiB get 413: give an http(s) URL."),

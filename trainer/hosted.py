@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import sys
 import traceback
 import urllib.parse
@@ -14,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cog.types import URLPath
+from requests import RequestException
 
 from preprocessing.errors import UserError, redacted, short
 from trainer import commandline
@@ -39,6 +43,31 @@ def told_shortly() -> Iterator[None]:
     except Exception as error:
         print(redacted(traceback.format_exc())[-LONGEST_TRACEBACK:], file=sys.stderr)
         raise JobFailed(short(f"{type(error).__name__}: {error}")) from None
+
+
+def redact_downloads() -> None:
+    """Make Cog's own download of inputs fail in one sentence too.
+
+    Cog fetches http(s) inputs before it calls a door, and puts the library's message, which quotes the address with all
+    that is secret in it, into its log and its answer.
+    """
+    convert = URLPath.convert
+    if hasattr(convert, "__wrapped__"):  # both doors in one process
+        return
+
+    @functools.wraps(convert)
+    def converted(self: URLPath) -> Path:
+        try:
+            return convert(self)
+        except RequestException as error:
+            raise UserError(short(f"{self.source} cannot be downloaded ({reason(error)}): check the URL")) from None
+
+    URLPath.convert = converted
+
+
+def reason(error: RequestException) -> str:
+    """Why a download failed, without the library's words."""
+    return type(error).__name__ if error.response is None else f"status {error.response.status_code}"
 
 
 def decoded(url: str, name: str) -> bytes:

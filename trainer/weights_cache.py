@@ -27,7 +27,7 @@ import requests
 
 from preprocessing.errors import UserError, redacted
 from trainer import hub
-from trainer.hosted import decoded
+from trainer.hosted import decoded, reason
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "ATELIER_WEIGHTS_CACHE", "ATELIER_WEIGHTS_CACHE_GB"
 DEFAULT_GB = 20.0
@@ -241,7 +241,4 @@ def _body(url: str, answer: requests.Response) -> Iterator[bytes]:
 
 def _refused(url: str, error: requests.RequestException) -> UserError:
     """Says what went wrong without the library's message, which repeats the address with all that is secret in it."""
-    reason = type(error).__name__
-    if error.response is not None:
-        reason = f"status {error.response.status_code}"
-    return UserError(f"weights {redacted(url)} cannot be downloaded ({reason}): check the URL")
+    return UserError(f"weights {redacted(url)} cannot be downloaded ({reason(error)}): check the URL")

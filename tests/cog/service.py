@@ -1,14 +1,16 @@
-"""Cog's real server, started and talked to: standard library only, so that a clean root can run it as well."""
+"""Cog's real server, started and talked to: without pytest, so that a clean root can run it as well."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.cog.schema import openapi
 
 STUBS = {
     "train": ("COG_TRAIN_TYPE_STUB", "train.py:train"),
@@ -55,14 +59,21 @@ class Service:
         return self.call("POST", f"/{self.kind}", {"input": given} | rest).body
 
     def start(self, name: str, given: dict[str, Any], **rest: Any) -> Answer:
-        """Ask, and do not wait; the same call again polls it while it runs."""
+        """Ask, and do not wait."""
         return self.call("PUT", f"/{self.kind}/{name}", {"input": given} | rest, Prefer="respond-async")
 
-    def poll(self, name: str, until: Callable[[dict[str, Any]], bool], given: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every state of a running one that was seen until `until` holds or the worker is free again."""
-        seen = []
-        while not (seen and until(seen[-1])) and self.busy():
-            seen.append(self.start(name, given).body)
+    def poll(self, name: str, until: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Every state of a running one that was seen until `until` holds or it ended.
+
+        Asking for it once more tells its state, and would start it once more after its end if the inputs were right.
+        """
+        seen: list[dict[str, Any]] = []
+        while not (seen and until(seen[-1])):
+            answer = self.start(name, {})
+            if answer.status == 422:
+                break
+            assert answer.status == 202, answer
+            seen.append(answer.body)
             time.sleep(0.05)
         return seen
 
@@ -145,8 +156,9 @@ def _wait_until_ready(service: Service) -> None:
 
 
 def checkout(root: Path, folder: Path) -> Path:
-    """A working directory with the project in it, and room for what the server writes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A working directory with the project and its schema in it, and room for what the server writes."""
+    (folder / ".cog").mkdir(parents=True)
+    (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(openapi()), encoding="utf-8")
     for name in PROJECT:
         (folder / name).symlink_to(root / name)
     return folder
@@ -154,6 +166,12 @@ def checkout(root: Path, folder: Path) -> Path:
 
 def data_url(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def members(archive: bytes) -> dict[str, bytes]:
+    """The files in an archive of weights."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 def content(url: str) -> bytes:
