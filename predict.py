@@ -139,7 +139,7 @@ def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[Lo
         text = PngInfo()
         told = redacted(settings.weights) if settings.weights else None  # a picture is passed on, its text with it
         one = settings.model_copy(update={"seed": seed, "num_outputs": 1, "weights": told})
-        text.add_itxt("atelier", one.model_dump_json(exclude_none=True))
+        text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir"}))
         files.append(settings.output_dir / f"{max(taken, default=0) + i + 1:04d}_seed{seed}.png")
         picture.save(files[-1], pnginfo=text)
     return files

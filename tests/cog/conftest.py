@@ -21,6 +21,12 @@ __all__ = ["tiny_sd"]  # the base model, built anew from its config
 FEW = "report_to: none\npreview_prompts: ['a photo of {trigger}']\npreview_seeds: [1]\npreservation_weight: 0\n"
 
 
+def pixels(png: bytes) -> bytes:
+    """What is to be seen in a file, without what it says of itself."""
+    with Image.open(io.BytesIO(png)) as picture:
+        return picture.convert("RGB").tobytes()
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Outside]:
     """Where files are served, uploaded and webhooks sent."""

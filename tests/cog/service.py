@@ -55,8 +55,10 @@ class Service:
             return Answer(error.code, _parsed(error.read()))
 
     def run(self, given: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        """Ask and wait for the end; the answer's body."""
-        return self.call("POST", f"/{self.kind}", {"input": given} | rest).body
+        """Ask and wait for the end; the answer's body. A worker is busy for a moment after it answered."""
+        while (answer := self.call("POST", f"/{self.kind}", {"input": given} | rest)).status == 409:
+            time.sleep(0.02)
+        return answer.body
 
     def start(self, name: str, given: dict[str, Any], **rest: Any) -> Answer:
         """Ask, and do not wait."""
@@ -172,6 +174,11 @@ def members(archive: bytes) -> dict[str, bytes]:
     """The files in an archive of weights."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def weights(archive: bytes) -> dict[str, bytes]:
+    """Those of them that hold weights."""
+    return {name: content for name, content in members(archive).items() if name.endswith(".safetensors")}
 
 
 def content(url: str) -> bytes:

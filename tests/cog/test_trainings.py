@@ -16,15 +16,11 @@ from preprocessing.errors import LONGEST_MESSAGE
 from tests.cog import service
 from tests.cog.conftest import FEW
 from tests.cog.outside import Outside
-from tests.cog.service import Service, members
+from tests.cog.service import Service
 
 METRICS = {"stage": str, "step": int, "total_steps": int, "loss": float, "images_per_second": float, "eta_s": float}
 WEIGHTS = ("adapter.safetensors", "embeddings.safetensors", "comfyui/adapter.safetensors")
 LONG = 100_000  # steps: a training that ends by a cancel only
-
-
-def weights_of(archive: bytes) -> dict[str, bytes]:
-    return {name: content for name, content in members(archive).items() if name.endswith(".safetensors")}
 
 
 def in_training(step: int) -> Any:
@@ -46,7 +42,7 @@ def test_from_a_served_zip_to_uploaded_weights(
     assert re.search(r"train:.*40/40", last["logs"])  # the progress bar
     (uploaded,) = [path for path in world.files if path.startswith("/up/")]
     assert last["output"] == world.url(uploaded)
-    assert set(weights_of(world.files[uploaded])) == set(WEIGHTS)
+    assert set(service.weights(world.files[uploaded])) == set(WEIGHTS)
     for told in (polls, hooks):
         running = [state["metrics"] for state in told if state["status"] == "processing"]
         in_loop = [metrics for metrics in running if METRICS.keys() <= metrics.keys()]
@@ -145,6 +141,12 @@ def test_what_the_schema_refuses_names_the_input(
     answer = trainer.call("POST", "/trainings", {"input": given | wrong})
     assert answer.status == 422
     assert [one["loc"][-1] for one in answer.body["detail"]] == [field]
+
+
+def test_an_unknown_input_is_dropped_by_cog_which_says_so_in_its_log(trainer: Service, given: dict[str, Any]) -> None:
+    result = trainer.run(given | {"max_train_step": 1, "input_images": "nowhere.zip"})
+    assert result["error"].endswith("nowhere.zip does not exist: give an archive or folder of pictures.")
+    assert "Stripped unknown input fields" in trainer.log.read_text(encoding="utf-8")
 
 
 def test_missing_pictures_are_refused(trainer: Service) -> None:
