@@ -27,11 +27,11 @@ step "the pinned requirements"
 # fetched outside, by this machine's pip as it is set up; installed inside, from these files alone
 sed -n 's/ *python_requirements: *//p' "$here/cog.yaml" > "$root/wheels/name"
 requirements="$here/$(cat "$root/wheels/name")"
-"$python" -m pip download -q --only-binary=:all: --no-deps -r "$requirements" -d "$root/wheels"
+"$python" -m pip download -q --only-binary=:all: -r "$requirements" -d "$root/wheels"
 cp "$requirements" "$root/src/requirements.txt"
 chroot "$root" python3 -m venv /venv
-chroot "$root" /venv/bin/python -m pip install -q --no-index --no-deps --find-links /wheels -r /src/requirements.txt
-chroot "$root" /venv/bin/python -m pip check || echo "(a torch wheel for the CPU goes without CUDA's libraries)"
+chroot "$root" /venv/bin/python -m pip install -q --no-index --find-links /wheels -r /src/requirements.txt
+chroot "$root" /venv/bin/python -m pip check
 rm -r "$root/wheels"
 
 step "the checkout"

@@ -1,4 +1,4 @@
-"""What takes minutes: a server that is warm, a run that was cut, weights that a container starts with, the embedded base."""
+"""What takes minutes: a warm server, a run that was cut, a container that starts with weights, the embedded base."""
 
 from __future__ import annotations
 
