@@ -7,8 +7,10 @@
 bounds and choices are written out as literals; a test holds them equal to PredictSettings.
 """
 
+import shutil
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path as LocalPath
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from trainer.generate import Generator
     from trainer.weights_cache import Held
 
+SENT_BY_NOW = 600  # seconds after which an answer's files have been sent; Cog's own time-out is 25
 DEFAULT_BASE = JobSettings.model_fields["base_model"].default
 
 SCHEDULERS = ["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
@@ -151,6 +154,7 @@ class Predictor(BaseRunner):
     def setup(self, weights: Optional[str] = None) -> None:
         """Load the base model, and the weights that the container was given (COG_WEIGHTS), if any."""
         commandline.quiet_libraries()
+        self.pictures = tempfile.TemporaryDirectory(prefix="atelier-")
         self.weights = weights or None
         self.studio = Studio()
         with hosted.told_shortly():
@@ -183,12 +187,19 @@ class Predictor(BaseRunner):
             return self._drawn(inputs.pop("replicate_weights") or self.weights, inputs)
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
-        """The pictures as files that Cog sends and then removes."""
-        places = {"weights": weights, "output_dir": tempfile.mkdtemp(prefix="atelier-")}
+        """The pictures as files, which Cog sends."""
+        places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)
         print(f"seed: {seed}", flush=True)  # the file names tell it too, and hosts rename files
         return [Path(file) for file in files]
+
+    def _fresh_folder(self) -> str:
+        """A folder for one request. Cog leaves what it has sent, so those of long ago are removed here."""
+        for old in LocalPath(self.pictures.name).iterdir():
+            if time.time() - old.stat().st_mtime > SENT_BY_NOW:
+                shutil.rmtree(old)
+        return tempfile.mkdtemp(dir=self.pictures.name)
 
 
 def main(argv: list[str]) -> None:

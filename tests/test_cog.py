@@ -184,9 +184,12 @@ def test_container_file_has_no_unknown_key(root: Path) -> None:
     assert (root / container["build"]["python_requirements"]).is_file()
     assert container["train"] == "train.py:train" and callable(train.train)
     assert container["run"] == "predict.py:Predictor" and issubclass(predict.Predictor, BaseRunner)
-    for variable in container["environment"]:
-        name, equals, value = variable.partition("=")
-        assert equals and value and not REFUSED_ENVIRONMENT.fullmatch(name), variable
+    environment = dict(variable.split("=", 1) for variable in container["environment"])
+    assert not [name for name, value in environment.items() if REFUSED_ENVIRONMENT.fullmatch(name) or not value]
+    # what is downloaded or compiled is kept, under one folder that can be mounted
+    folders = {name: value for name, value in environment.items() if "/" in value}
+    assert folders.keys() == {"HF_HOME", "ATELIER_WEIGHTS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    assert all(value.startswith("/src/.cache/") for value in folders.values())
 
 
 def pins(root: Path, *files: str) -> dict[str, str]:

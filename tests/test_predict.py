@@ -160,9 +160,23 @@ def test_cog_predictor(generator_calls: list[Any], weights: Path, capsys) -> Non
     assert len(str(told.value)) <= 300 and "abc" not in str(told.value)
 
 
+def test_pictures_that_were_sent_are_removed(generator_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = predict.Predictor()
+    predictor.setup()
+    given = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
+    (first,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    (second,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    assert first.is_file() and second.is_file() and first != second  # the first may still be on its way
+    monkeypatch.setattr(predict, "SENT_BY_NOW", -1)
+    (third,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    assert third.is_file() and not first.parent.exists() and not second.parent.exists()
+
+
 def test_a_picture_does_not_tell_the_secret_in_its_weights_address(generator_calls: list[Any], tmp_path: Path) -> None:
     address = "https://me:pw@127.0.0.1/x.tar?token=abc"
     settings = predict.PredictSettings(prompt="a", seed=1, weights=address, output_dir=tmp_path)
     (file,) = predict.written([Image.new("RGB", (8, 8))], settings)
     with Image.open(file) as picture:
-        assert json.loads(picture.text["atelier"])["weights"] == "https://127.0.0.1/x.tar"
+        told = json.loads(picture.text["atelier"])
+    assert told["weights"] == "https://127.0.0.1/x.tar"
+    assert "output_dir" not in told  # of no use to anybody else
