@@ -94,7 +94,7 @@ def test_twenty_jobs_on_a_warm_worker_are_as_each_alone_and_memory_stays(
 
 
 def test_a_cancelled_run_that_was_resumed_gives_the_weights_of_an_uncut_one(
-    trainer: Service, world: Outside, given: dict[str, Any], place: Path
+    trainer: Service, world: Outside, given: dict[str, Any]
 ) -> None:
     inputs = given | {"max_train_steps": 400, "optimizer": "prodigy"}
     often = FEW + "checkpoint_every: 20\n"
@@ -114,9 +114,7 @@ def test_a_cancelled_run_that_was_resumed_gives_the_weights_of_an_uncut_one(
     assert first and int(first[1]) >= 100
 
 
-def test_a_container_may_start_with_weights(
-    artist: Service, world: Outside, weights: str, place: Path, tmp_path: Path
-) -> None:
+def test_a_container_may_start_with_weights(artist: Service, weights: str, place: Path, tmp_path: Path) -> None:
     picture = {"prompt": "a photo of TOK", "seed": 3, "num_inference_steps": 2}
     expected = artist.run(picture | {"replicate_weights": weights})
     own = {"COG_WEIGHTS": weights, "ATELIER_WEIGHTS_CACHE": str(tmp_path)}
