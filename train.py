@@ -83,6 +83,8 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
         with contextlib.suppress(OSError):  # only a folder in which nothing lies can be removed
             settings.output_dir.rmdir()
         raise
+    finally:
+        hosted.give_memory_back()
     if not archive.is_file():
         raise FileNotFoundError(f"the training ended without {archive}")
     return Path(archive)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
 import functools
+import gc
 import sys
 import traceback
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,13 @@ def redact_downloads() -> None:
             raise UserError(short(f"{self.source} cannot be downloaded ({reason(error)}): check the URL")) from None
 
     URLPath.convert = converted
+
+
+def give_memory_back() -> None:
+    """What a job used goes back to the system: twenty small jobs left an eighth more with the worker than two."""
+    gc.collect()  # nets refer to themselves
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reason(error: RequestException) -> str:

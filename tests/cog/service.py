@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -91,11 +92,6 @@ class Service:
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def worker(self) -> int:
-        """Process id of the worker, the only child of the server."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="ascii")
-        return int(children.split()[0])
-
 
 def _parsed(data: bytes) -> Any:
     try:
@@ -177,8 +173,9 @@ def members(archive: bytes) -> dict[str, bytes]:
 
 
 def weights(archive: bytes) -> dict[str, bytes]:
-    """Those of them that hold weights."""
-    return {name: content for name, content in members(archive).items() if name.endswith(".safetensors")}
+    """Those of them that hold weights, without the time at which they were made."""
+    found = {name: content for name, content in members(archive).items() if name.endswith(".safetensors")}
+    return {name: re.sub(rb'"modelspec.date":"[^"]*"', b"", content, count=1) for name, content in found.items()}
 
 
 def content(url: str) -> bytes:
