@@ -20,7 +20,7 @@ from cog import BaseRunner, Input, Path
 from pydantic import Field
 
 from preprocessing.errors import UserError, redacted
-from trainer import commandline, hosted
+from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.weights_cache import WeightsCache
@@ -184,7 +184,7 @@ class Predictor(BaseRunner):
         """Draw; settings that are not given take the base model's values."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         with hosted.told_shortly():
-            return self._drawn(inputs.pop("replicate_weights") or self.weights, inputs)
+            return cancel.run(lambda: self._drawn(inputs.pop("replicate_weights") or self.weights, inputs))
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 from cog import Input, Path, current_scope
 
-from trainer import commandline, hosted
+from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
@@ -65,7 +65,7 @@ def train(
     """
     inputs = dict(locals())
     with hosted.told_shortly():
-        return _trained(inputs, inputs.pop("config"))
+        return cancel.run(lambda: _trained(inputs, inputs.pop("config")))
 
 
 def _trained(inputs: dict[str, Any], config: str | None) -> Path:
