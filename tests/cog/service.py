@@ -56,14 +56,22 @@ class Service:
             return Answer(error.code, _parsed(error.read()))
 
     def run(self, given: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        """Ask and wait for the end; the answer's body. A worker is busy for a moment after it answered."""
-        while (answer := self.call("POST", f"/{self.kind}", {"input": given} | rest)).status == 409:
-            time.sleep(0.02)
-        return answer.body
+        """Ask and wait for the end; the answer's body."""
+        return self._ask("POST", f"/{self.kind}", {"input": given} | rest).body
 
     def start(self, name: str, given: dict[str, Any], **rest: Any) -> Answer:
         """Ask, and do not wait."""
-        return self.call("PUT", f"/{self.kind}/{name}", {"input": given} | rest, Prefer="respond-async")
+        return self._ask("PUT", f"/{self.kind}/{name}", {"input": given} | rest, Prefer="respond-async")
+
+    def _ask(self, *arguments: Any, **headers: str) -> Answer:
+        """A call, repeated for as long as a worker is busy that has already answered the one before."""
+        answer = self.call(*arguments, **headers)
+        for _ in range(250):
+            if answer.status != 409:
+                break
+            time.sleep(0.02)
+            answer = self.call(*arguments, **headers)
+        return answer
 
     def poll(self, name: str, until: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Every state of a running one that was seen until `until` holds or it ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_a_cancelled_run_that_was_resumed_gives_the_weights_of_an_uncut_one(
     assert service.weights(ends[0]) == service.weights(ends[1])
     first = re.search(r"train:.*?\| (\d+)/400", resumed["logs"])
     assert first and int(first[1]) >= 100
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5])
+def test_a_cancel_while_libraries_are_loaded_harms_no_later_job(
+    seconds: float, root: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    with service.running("train", service.checkout(root, tmp_path / "src")) as server:
+        server.start("first", given)
+        time.sleep(seconds)
+        assert server.call("POST", "/trainings/first/cancel").status == 200
+        server.idle(120)
+        assert "not finished" not in server.log.read_text(encoding="utf-8")
+        result = server.run(given)
+    assert result["status"] == "succeeded", result
 
 
 def test_a_container_may_start_with_weights(artist: Service, weights: str, place: Path, tmp_path: Path) -> None:
