@@ -42,6 +42,7 @@ ORIGINAL_NAMES = {
     "label_emb_0_2": "add_embedding_linear_2",
 }
 DOTTED_PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
+PEFTS_OWN = re.compile(r"\.lora_[AB]\.")
 OLD_TEXT = re.compile(r"\.(to_[qkv]|to_out)_lora\.|\.lora_linear_layer\.")
 
 
@@ -79,7 +80,7 @@ def read_adapter(
     configs = _stored_configs(header, peft_config)
     state, nets = {}, {}
     for net in sorted({net for net, _ in found}):
-        live = dict(family.module(net).named_modules())
+        live = _layers(family.module(net))
         own = {module: parts for (other, module), parts in found.items() if other == net}
         nets[net] = _config(own, configs.get(net) or {})
         for module, parts in own.items():
@@ -93,12 +94,20 @@ def _modules(family: Family) -> dict[str, dict[str, str]]:
     spellings: dict[str, dict[str, str]] = {}
     for net in family.nets:
         spellings[net.name] = names = {}
-        for name, module in family.module(net.name).named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                plain = name.removeprefix("text_model.")
-                for spelt in (name, plain, f"text_model.{plain}"):
-                    names[spelt] = names[spelt.replace(".", "_")] = name
+        for name in _layers(family.module(net.name)):
+            plain = name.removeprefix("text_model.")
+            for spelt in (name, plain, f"text_model.{plain}"):
+                names[spelt] = names[spelt.replace(".", "_")] = name
     return spellings
+
+
+def _layers(net: nn.Module) -> dict[str, nn.Module]:
+    """A net's own layers by name, also while peft's are around them: weights are read before those in use go."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not PEFTS_OWN.search(name)
+    }
 
 
 Placed = tuple[str, str | None, str, str, Tensor]  # net, module (None: there is none), part, key, tensor

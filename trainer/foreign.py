@@ -56,12 +56,12 @@ def is_safetensors(path: Path) -> bool:
 def unpacked(path: Path) -> Iterator[Path]:
     """Yield a folder with what `path` holds: our archive's members, or the files of somebody else's weights."""
     if path.is_file():
-        _refuse_pickle(path)
         if is_safetensors(path):
             with tempfile.TemporaryDirectory(prefix="weights-") as folder:
                 (Path(folder) / "weights.safetensors").symlink_to(path.resolve())
                 yield Path(folder)
             return
+        _refuse_pickle(path)  # only then, for the length that a .safetensors file begins with may look like one
     with artifact.opened(path, foreign=_is_wanted) as folder:
         yield folder
 
