@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +74,14 @@ class WeightsCache:
             elif source.startswith("data:"):
                 # its own name: the content decides
                 content = decoded(source, "the weights")
-                yield self._kept(hashlib.sha256(content).hexdigest(), stack, lambda known: ({}, [content]))
+                yield self._kept(hashlib.sha256(content).hexdigest(), stack, _once(lambda: [content]))
             elif _is_here(source):
                 path = Path(source)
                 state = path.stat()
                 yield Held(path, f"{path.resolve()} {state.st_mtime_ns} {state.st_size}")
             elif hub.ID.fullmatch(source):
                 commit = hub.commit_of(source)
-                yield self._kept(f"{source}@{commit}", stack, lambda known: ({}, hub.download(source, commit)))
+                yield self._kept(f"{source}@{commit}", stack, _once(lambda: hub.download(source, commit)))
             else:
                 raise UserError(
                     f"weights {redacted(source)[:100]} do not exist: give the path or URL of a trained_model.tar or a "
@@ -164,6 +164,11 @@ class WeightsCache:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     _remove_unless_held(path)
+
+
+def _once(chunks: Callable[[], Iterable[bytes]]) -> Callable[[dict[str, str]], tuple[dict[str, str], Any]]:
+    """How what never changes is fetched: not at all where it is here."""
+    return lambda known: (known, None) if known else ({}, chunks())
 
 
 def _is_here(source: str) -> bool:
