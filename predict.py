@@ -7,110 +7,123 @@
 bounds and choices are written out as literals; a test holds them equal to PredictSettings.
 """
 
-import hashlib
-import os
+import shutil
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path as LocalPath
 from typing import TYPE_CHECKING, Any, List, Optional
 
-import requests
 from cog import BaseRunner, Input, Path
 from pydantic import Field
 
-from preprocessing.errors import UserError
-from trainer import commandline
+from preprocessing.errors import UserError, redacted
+from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
+from trainer.weights_cache import WeightsCache
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.generate import Generator
+    from trainer.weights_cache import Held
 
+SENT_BY_NOW = 600  # seconds after which an answer's files have been sent; Cog's own time-out is 25
 DEFAULT_BASE = JobSettings.model_fields["base_model"].default
-DOWNLOADS = LocalPath(tempfile.gettempdir()) / "atelier-weights"
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 
 SCHEDULERS = ["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
+
+hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads
 
 
 class PredictSettings(DrawSettings):
     """Where the weights come from and the pictures go."""
 
-    weights: str | None = Field(None, description="A trained_model.tar, its folder or URL; null: the base model alone.")
+    weights: str | None = Field(
+        None,
+        description="A trained_model.tar, its folder, a LoRA as .safetensors, a URL or a Hub id; null: the base alone.",
+    )
     base_model: str | None = Field(None, description="Null: the one that the weights were trained on.")
     output_dir: LocalPath = Field(LocalPath("outputs/predict"), description="Folder for the pictures.")
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Weights that lie unpacked in a folder, for as long as `keeping` is not closed."""
+
+    key: str  # changes when the weights do
+    base_model: str  # the one that they are for
+    keeping: ExitStack
+
+
 class Studio:
-    """One Generator kept over many requests: base and weights are loaded only when they change."""
+    """One Generator kept over many requests: base and weights are loaded only when they change.
+
+    Which weights are in is asked of the generator and noted nowhere else: a cancel may come between any two lines.
+    """
 
     def __init__(self) -> None:
         self.generator: Generator | None = None
         self.base_model: str | None = None
-        self.loaded: tuple[LocalPath, int] | None = None  # the archive and its time stamp
+        self.opened: dict[LocalPath, Opened] = {}
 
     def ready(self, weights: str | None, base_model: str | None) -> "Generator":
-        """A generator with `weights` (path or URL; None: none) on their own base, or on `base_model` if given."""
-        archive = fetched(weights) if weights else None
-        base = base_model or (trained_on(archive) if archive else DEFAULT_BASE)
-        if self.generator is None or self.base_model != base:
+        """A generator with `weights` (see WeightsCache; None: none) on their own base, or on `base_model` if given.
+
+        After an error or a cancel the weights that were in are in still.
+        """
+        try:
+            if weights is None:
+                generator = self._on(base_model or DEFAULT_BASE)
+                generator.release()
+                return generator
+            with ExitStack() as stack:
+                held = stack.enter_context(WeightsCache.from_environment().held(weights))
+                known = next((folder for folder, one in self.opened.items() if one.key == held.key), None)
+                folder = known or self._open(held, stack)
+                generator = self._on(base_model or self.opened[folder].base_model)
+                if known is None or generator.archive != folder:
+                    generator.use(folder)
+                return generator
+        finally:
+            self._close_unused()
+
+    def _open(self, held: "Held", stack: ExitStack) -> LocalPath:
+        from trainer import foreign
+
+        folder = stack.enter_context(foreign.unpacked(held.path))
+        self.opened[folder] = Opened(held.key, foreign.base_of(folder) or DEFAULT_BASE, stack.pop_all())
+        return folder
+
+    def _on(self, base_model: str) -> "Generator":
+        """A generator with this base model."""
+        if self.generator is None or self.base_model != base_model:
+            from trainer import families
             from trainer.generate import Generator
 
-            self.generator = self.base_model = self.loaded = None  # free its memory before the next one is loaded
-            self.generator, self.base_model = Generator(base), base
-        wanted = (archive, archive.stat().st_mtime_ns) if archive else None
-        if wanted != self.loaded:
-            self.generator.release()
-            self.loaded = None  # should `use` fail, it leaves the base model as it was
-            if archive:
-                self.generator.use(archive)
-                self.loaded = wanted
+            families.family_class(base_model)  # a name that is none is told while the old one is still there
+            self.generator = self.base_model = None  # free its memory before the next one is loaded
+            self.generator, self.base_model = Generator(base_model), base_model
         return self.generator
+
+    def _close_unused(self) -> None:
+        for folder in self.opened.keys() - {self.generator.archive if self.generator else None}:
+            self.opened.pop(folder).keeping.close()
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
-        if settings.image and not settings.image.is_file():
-            raise UserError(f"image {settings.image} does not exist: give the path of a picture")
+        for name, path in (("image", settings.image), ("mask", settings.mask)):
+            if path and not path.is_file():
+                raise UserError(f"{name} {path} does not exist: give the path of a picture")
         generator = self.ready(settings.weights, settings.base_model)
         from trainer.generate import seed_of
 
         settings = settings.model_copy(update={"seed": seed_of(settings)})
         what = DrawSettings(**settings.model_dump(include=set(DrawSettings.model_fields)))
         return settings.seed, written(generator.draw(what), settings)
-
-
-def fetched(weights: str) -> LocalPath:
-    """The local path of `weights`; an http(s) URL is downloaded once. Raises UserError where there is nothing."""
-    if not weights.startswith(("http://", "https://")):
-        path = LocalPath(weights)
-        if not path.exists():
-            raise UserError(f"weights {path} do not exist: give the path of a trained_model.tar")
-        return path
-    path = DOWNLOADS / f"{hashlib.sha256(weights.encode()).hexdigest()}.tar"
-    if not path.exists():
-        DOWNLOADS.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        try:
-            with requests.get(weights, stream=True, timeout=DOWNLOAD_TIMEOUT) as source, temporary.open("wb") as target:
-                source.raise_for_status()
-                for chunk in source.iter_content(2**20):
-                    target.write(chunk)
-            temporary.replace(path)
-        except requests.RequestException as error:
-            raise UserError(f"weights {weights} cannot be downloaded ({error}): check the URL") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def trained_on(archive: LocalPath) -> str:
-    """The base model that an archive of weights names."""
-    from trainer import artifact
-
-    with artifact.opened(archive) as folder:
-        return artifact.read_manifest(folder).base_model
 
 
 def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[LocalPath]:
@@ -127,8 +140,9 @@ def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[Lo
     for i, picture in enumerate(pictures):
         seed = settings.seed + i
         text = PngInfo()
-        one = settings.model_copy(update={"seed": seed, "num_outputs": 1})
-        text.add_itxt("atelier", one.model_dump_json(exclude_none=True))
+        told = redacted(settings.weights) if settings.weights else None  # a picture is passed on, its text with it
+        one = settings.model_copy(update={"seed": seed, "num_outputs": 1, "weights": told})
+        text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir"}))
         files.append(settings.output_dir / f"{max(taken, default=0) + i + 1:04d}_seed{seed}.png")
         picture.save(files[-1], pnginfo=text)
     return files
@@ -139,15 +153,20 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Optional[str] = None) -> None:
         """Load the base model, and the weights that the container was given (COG_WEIGHTS), if any."""
-        self.weights = weights
+        commandline.quiet_libraries()
+        self.pictures = tempfile.TemporaryDirectory(prefix="atelier-")
+        self.weights = weights or None
         self.studio = Studio()
-        self.studio.ready(weights, None)
+        with hosted.told_shortly():
+            self.studio.ready(self.weights, None)
 
     def run(
         self,
         prompt: str = Input(description="What to draw; the trigger word calls the subject."),
         negative_prompt: str = Input(default="", description="What to keep away from."),
-        replicate_weights: Optional[str] = Input(default=None, description="Path or URL of a trained_model.tar."),
+        replicate_weights: Optional[str] = Input(
+            default=None, description="trained_model.tar or LoRA: URL, path or Hub id."
+        ),
         base_model: Optional[str] = Input(default=None, description="Normally the one the weights were trained on."),
         num_outputs: int = Input(default=1, ge=1, le=64, description="Pictures; each has the next seed."),
         width: Optional[int] = Input(default=None, ge=16, le=4096, description="In pixels."),
@@ -159,18 +178,28 @@ class Predictor(BaseRunner):
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),
         token_scale: Optional[float] = Input(default=None, ge=0, le=2, description="Strength of the trained tokens."),
         image: Optional[Path] = Input(default=None, description="Picture to start from (img2img)."),
+        mask: Optional[Path] = Input(default=None, description="As large as image: white is drawn anew (inpainting)."),
         prompt_strength: float = Input(default=0.8, ge=0, le=1, description="With an image: 1 draws over all of it."),
     ) -> List[Path]:
         """Draw; settings that are not given take the base model's values."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        return self._drawn(inputs.pop("replicate_weights") or self.weights, inputs)
+        with hosted.told_shortly():
+            return cancel.run(lambda: self._drawn(inputs.pop("replicate_weights") or self.weights, inputs))
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
-        """The pictures as files that Cog sends and then removes."""
-        places = {"weights": weights, "output_dir": tempfile.mkdtemp(prefix="atelier-")}
+        """The pictures as files, which Cog sends."""
+        places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
-        _, files = self.studio.draw(settings)
+        seed, files = self.studio.draw(settings)
+        print(f"seed: {seed}", flush=True)  # the file names tell it too, and hosts rename files
         return [Path(file) for file in files]
+
+    def _fresh_folder(self) -> str:
+        """A folder for one request. Cog leaves what it has sent, so those of long ago are removed here."""
+        for old in LocalPath(self.pictures.name).iterdir():
+            if time.time() - old.stat().st_mtime > SENT_BY_NOW:
+                shutil.rmtree(old)
+        return tempfile.mkdtemp(dir=self.pictures.name)
 
 
 def main(argv: list[str]) -> None:

@@ -7,6 +7,8 @@
 choices are written out as literals; a test holds them equal to JobSettings.
 """
 
+import contextlib
+import math
 import sys
 import uuid
 from pathlib import Path as LocalPath
@@ -14,7 +16,7 @@ from typing import Any, Optional
 
 from cog import Input, Path, current_scope
 
-from trainer import commandline
+from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
@@ -24,9 +26,11 @@ CAPTIONERS = ["auto", "toybox", "blip", "none"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 
+hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads
+
 
 def train(
-    input_images: Path = Input(description="A zip or tar of pictures; above 75 MiB give an http(s) URL."),
+    input_images: Path = Input(description="Zip or tar of pictures. Uploads over 75 MiB get 413: give an http(s) URL."),
     base_model: str = Input(default="toybox", description="A toybox model's name, a folder or a Hub id."),
     method: str = Input(default="pivotal", choices=METHODS, description="pivotal: token embeddings and LoRA."),
     trigger_word: str = Input(default="TOK", description="Word that calls the subject."),
@@ -52,29 +56,54 @@ def train(
     seed: int = Input(default=0, ge=0, description="The same seed gives the same weights."),
     mixed_precision: str = Input(default="auto", choices=PRECISIONS, description="auto: bf16 where it is fast."),
     gradient_checkpointing: bool = Input(default=False, description="Less memory for about 40 % more time."),
+    config: Optional[str] = Input(default=None, description="More settings, YAML or JSON; inputs not at default win."),
 ) -> Path:
-    """Train and give back the archive of weights; for Cog. Settings that are not given take the base model's values."""
-    return _trained(dict(locals()))
+    """Train and give back the archive of weights; for Cog. Settings that are not given take the base model's values.
+
+    `config` holds any setting of `python train.py --help`, as text, as a data: URL or as a file's path. An input that
+    differs from its default wins over it; an input left at its default does not override it.
+    """
+    inputs = dict(locals())
+    with hosted.told_shortly():
+        return cancel.run(lambda: _trained(inputs, inputs.pop("config")))
 
 
-def _trained(inputs: dict[str, Any]) -> Path:
+def _trained(inputs: dict[str, Any], config: str | None) -> Path:
     """Run the job in a folder of its own and make sure of its result: Cog calls a missing file a success."""
-    settings = commandline.check(JobSettings, inputs | {"output_dir": OUTPUTS / f"train-{uuid.uuid4().hex[:12]}"})
+    settings = hosted.job_settings(inputs, config, OUTPUTS, f"train-{uuid.uuid4().hex[:12]}")
 
+    commandline.quiet_libraries()
     from trainer import job
 
-    archive = job.train(settings, progress=_tell).archive
+    try:
+        archive = job.train(settings, progress=_tell, on_step=_tell_step).archive
+    except BaseException:  # a cancel is no Exception
+        if left := hosted.resumable(settings.output_dir):
+            print(f"not finished: {left}", flush=True)
+        with contextlib.suppress(OSError):  # only a folder in which nothing lies can be removed
+            settings.output_dir.rmdir()
+        raise
+    finally:
+        hosted.give_memory_back()
     if not archive.is_file():
         raise FileNotFoundError(f"the training ended without {archive}")
     return Path(archive)
 
 
 def _tell(stage: str, done: int, total: int) -> None:
-    """How far the job is, for Cog's polls and webhooks."""
+    """What the job is at, for Cog's polls and webhooks."""
+    current_scope().record_metric("stage", stage)
+
+
+def _tell_step(row: dict[str, float], total: int) -> None:
+    """How far the training is. Every key keeps its type from the first step to the last, as Cog asks."""
     scope = current_scope()
-    scope.record_metric("stage", stage)
-    scope.record_metric("done", done)
-    scope.record_metric("total", total)
+    scope.record_metric("step", int(row["step"]))
+    scope.record_metric("total_steps", int(total))
+    for name in ("loss", "images_per_second", "eta_s"):
+        value = float(row[name])
+        if math.isfinite(value):  # JSON knows no other; the step before is still shown
+            scope.record_metric(name, value)
 
 
 def main(argv: list[str]) -> None:

@@ -31,11 +31,18 @@ class FakeJob:
     folder: Path
     leaves_archive: bool = True
     settings: list[Any] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: BaseException | None = None
 
-    def train(self, settings: Any, progress: Any = None) -> types.SimpleNamespace:
+    def train(self, settings: Any, progress: Any = None, on_step: Any = None) -> types.SimpleNamespace:
         self.settings.append(settings)
         if progress:
             progress("train", 1, 2)
+        if on_step:
+            for row in self.rows:
+                on_step(row, 2)
+        if self.error:
+            raise self.error
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         archive = settings.output_dir / "trained_model.tar"
         if self.leaves_archive:
@@ -63,14 +70,22 @@ class FakeGenerator:
 
     def __init__(self, base_model: str, device: str | None = None):
         self.calls.append(("base", base_model))
+        self.archive: Path | None = None
+
+    @staticmethod
+    def check(base_model: str) -> None:
+        if base_model == "nonsense":
+            raise ValueError("no such base model")
 
     def use(self, archive: Path) -> None:
         self.calls.append(("use", archive))
         if archive.read_bytes() == b"broken":
             raise ValueError("broken weights")
+        self.archive = archive
 
     def release(self) -> None:
         self.calls.append("release")
+        self.archive = None
 
     def draw(self, settings: Any) -> list[Any]:
         from PIL import Image
@@ -80,17 +95,20 @@ class FakeGenerator:
 
 
 @pytest.fixture
-def generator_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The generator and the reading of archives replaced by stand-ins; gives back the notes of what was called."""
+def generator_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The generator and the reading of weights replaced by stand-ins; gives back the notes of what was called."""
     import trainer
 
     monkeypatch.setattr(FakeGenerator, "calls", [])
-    generate, artifact = types.ModuleType("trainer.generate"), types.ModuleType("trainer.artifact")
+    monkeypatch.setenv("ATELIER_WEIGHTS_CACHE", str(tmp_path / "cache"))
+    modules = [types.ModuleType(f"trainer.{name}") for name in ("generate", "foreign", "families")]
+    generate, foreign, families = modules
     generate.Generator = FakeGenerator
     generate.seed_of = lambda settings: 99 if settings.seed is None else settings.seed
-    artifact.opened = contextlib.nullcontext
-    artifact.read_manifest = lambda folder: types.SimpleNamespace(base_model=f"base of {folder.stem}")
-    for module in (generate, artifact):
+    foreign.unpacked = contextlib.nullcontext
+    foreign.base_of = lambda path: None if "plain" in path.name else f"base of {path.stem}"
+    families.family_class = FakeGenerator.check
+    for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(trainer, module.__name__.partition(".")[2], module, raising=False)
     return FakeGenerator.calls

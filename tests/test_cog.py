@@ -154,6 +154,8 @@ def test_the_rules_allow_a_list_of_the_same_file() -> None:
 )
 def test_inputs_are_the_settings(function: Any, model: Any, renamed: dict[str, str]) -> None:
     for name, given in inputs(function).items():
+        if name == "config":  # stands for all the other settings
+            continue
         field = model.model_fields[renamed.get(name, name)]
         bounds = {type(one).__name__.lower(): getattr(one, type(one).__name__.lower(), None) for one in field.metadata}
         assert given.default == (None if field.is_required() else field.default), name
@@ -182,9 +184,12 @@ def test_container_file_has_no_unknown_key(root: Path) -> None:
     assert (root / container["build"]["python_requirements"]).is_file()
     assert container["train"] == "train.py:train" and callable(train.train)
     assert container["run"] == "predict.py:Predictor" and issubclass(predict.Predictor, BaseRunner)
-    for variable in container["environment"]:
-        name, equals, value = variable.partition("=")
-        assert equals and value and not REFUSED_ENVIRONMENT.fullmatch(name), variable
+    environment = dict(variable.split("=", 1) for variable in container["environment"])
+    assert not [name for name, value in environment.items() if REFUSED_ENVIRONMENT.fullmatch(name) or not value]
+    # what is downloaded or compiled is kept, under one folder that can be mounted
+    folders = {name: value for name, value in environment.items() if "/" in value}
+    assert folders.keys() == {"HF_HOME", "ATELIER_WEIGHTS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    assert all(value.startswith("/src/.cache/") for value in folders.values())
 
 
 def pins(root: Path, *files: str) -> dict[str, str]:
@@ -233,7 +238,7 @@ def test_train_gives_back_the_archive(fake_job, tmp_path: Path, monkeypatch: pyt
 def test_train_without_a_result_fails(fake_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fake_job.leaves_archive = False
-    with pytest.raises(FileNotFoundError, match="trained_model"):
+    with pytest.raises(RuntimeError, match=r"^FileNotFoundError: .*trained_model"):
         train.train(**defaults(train.train) | {"input_images": Path("a.zip")})
 
 
@@ -242,6 +247,81 @@ def test_train_refuses_in_one_sentence(fake_job) -> None:
     with pytest.raises(UserError, match="use_dora goes with"):
         train.train(**given)
     assert fake_job.settings == []
+
+
+class Scope:
+    """Stands for Cog's scope: every metric in the order in which it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def record_metric(self, name: str, value: Any) -> None:
+        self.told.append((name, value))
+
+
+def test_progress_has_one_type_a_metric(fake_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = Scope()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "current_scope", lambda: scope)
+    row = {"step": 1, "loss": 1, "images_per_second": 2, "eta_s": 3.5, "lr/weights": 0.1}
+    fake_job.rows = [row, row | {"step": 2.0, "loss": float("nan"), "eta_s": 0}]
+    train.train(**defaults(train.train) | {"input_images": Path("a.zip")})
+    assert dict(scope.told) == {
+        **{"stage": "train", "step": 2, "total_steps": 2},
+        **{"loss": 1.0, "images_per_second": 2.0, "eta_s": 0.0},  # a loss that is no number was left out
+    }
+    types: dict[str, set[type]] = {}
+    for name, value in scope.told:
+        types.setdefault(name, set()).add(type(value))
+    assert types == {"stage": {str}, "step": {int}, "total_steps": {int}} | {
+        name: {float} for name in ("loss", "images_per_second", "eta_s")
+    }
+
+
+def test_config_is_for_what_the_inputs_leave_open(fake_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = "seed: 7\ntrigger_word: ABC\nlora_alpha: 3\noutput_dir: outputs/mine\nresume: true"
+    given = defaults(train.train) | {"input_images": Path("a.zip"), "trigger_word": "XYZ", "seed": 0, "config": config}
+    train.train(**given)
+    assert fake_job.settings == [
+        JobSettings(
+            input_images="a.zip", trigger_word="XYZ", seed=7, lora_alpha=3, output_dir="outputs/mine", resume=True
+        )
+    ]
+
+
+class Cancelled(BaseException):
+    """As Cog's: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Cancelled(), UserError("no")])
+def test_what_did_not_end_says_how_to_go_on(
+    error: BaseException, fake_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_job.error = error
+    given = defaults(train.train) | {"input_images": Path("a.zip"), "config": "output_dir: outputs/mine"}
+    with pytest.raises(type(error)):
+        train.train(**given)
+    assert capsys.readouterr().out == ""
+    info = tmp_path / "outputs/mine/checkpoints/step_00000020/info.json"
+    info.parent.mkdir(parents=True)
+    info.touch()
+    with pytest.raises(type(error)):
+        train.train(**given)
+    told = capsys.readouterr().out
+    assert "outputs/mine/checkpoints/step_00000020" in told
+    assert told.endswith("resume: true\noutput_dir: outputs/mine\n")  # lines for config, as they are
+
+
+def test_a_bug_is_told_in_one_line_without_secrets(fake_job, capsys) -> None:
+    fake_job.error = KeyError("https://me:pw@127.0.0.1/a?token=abc " + "x" * 10_000)
+    with pytest.raises(RuntimeError) as told:
+        train.train(**defaults(train.train) | {"input_images": Path("a.zip")})
+    message, log = str(told.value), capsys.readouterr().err
+    assert message.startswith("KeyError") and len(message) <= 300 and "\n" not in message
+    assert "Traceback" in log and "conftest.py" in log
+    assert not any(secret in text for text in (message, log) for secret in ("pw@", "abc"))
 
 
 def test_inputs_without_a_bound_in_cog_are_still_checked(fake_job) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import inspect
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -61,14 +58,19 @@ def test_base_and_weights_are_loaded_once(generator_calls: list[Any], weights: P
     studio = predict.Studio()
     studio.ready(str(weights), None)
     studio.ready(str(weights), None)
-    assert [call for call in generator_calls if call != "release"] == [("base", "base of mine"), ("use", weights)]
+    assert generator_calls == [("base", "base of mine"), ("use", weights)]
     generator_calls.clear()
     studio.ready(None, "base of mine")  # without weights: the same base as it was
-    studio.ready(None, "base of mine")
     assert generator_calls == ["release"]
     generator_calls.clear()
     studio.ready(None, None)
-    assert generator_calls == [("base", "toybox")]
+    assert generator_calls == [("base", "toybox"), "release"]
+    generator_calls.clear()
+    studio.ready(str(weights), "toybox")  # opened once more, on the base that is loaded
+    assert generator_calls == [("use", weights)]
+    generator_calls.clear()
+    studio.ready(str(weights), "another")
+    assert generator_calls == [("base", "another"), ("use", weights)]
 
 
 def test_weights_that_changed_on_disk_are_loaded_again(generator_calls: list[Any], weights: Path) -> None:
@@ -79,10 +81,10 @@ def test_weights_that_changed_on_disk_are_loaded_again(generator_calls: list[Any
     other.replace(weights)
     generator_calls.clear()
     studio.ready(str(weights), None)
-    assert generator_calls == ["release", ("use", weights)]
+    assert generator_calls == [("use", weights)]
 
 
-def test_after_broken_weights_the_next_request_is_clean(generator_calls: list[Any], weights: Path) -> None:
+def test_after_broken_weights_those_before_are_in(generator_calls: list[Any], weights: Path) -> None:
     broken = weights.with_name("broken.tar")
     broken.write_bytes(b"broken")
     studio = predict.Studio()
@@ -90,10 +92,26 @@ def test_after_broken_weights_the_next_request_is_clean(generator_calls: list[An
     with pytest.raises(ValueError, match="broken weights"):
         studio.ready(str(broken), "toybox")
     generator_calls.clear()
-    studio.ready(None, "toybox")
-    assert generator_calls == []  # the base was left as it was
     studio.ready(str(weights), "toybox")
-    assert generator_calls[-1] == ("use", weights)
+    assert generator_calls == []  # the generator put them back by itself
+    assert list(studio.opened) == [weights]
+
+
+def test_a_wrong_base_is_told_before_the_old_one_goes(generator_calls: list[Any], weights: Path) -> None:
+    studio = predict.Studio()
+    studio.ready(str(weights), None)
+    generator_calls.clear()
+    with pytest.raises(ValueError, match="no such base"):
+        studio.ready(None, "nonsense")
+    studio.ready(str(weights), None)
+    assert generator_calls == []
+
+
+def test_weights_that_name_no_base_are_for_the_default_one(generator_calls: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "plain.safetensors"
+    path.write_bytes(b"weights")
+    predict.Studio().ready(str(path), None)
+    assert generator_calls[0] == ("base", "toybox")
 
 
 def test_given_base_wins(generator_calls: list[Any], weights: Path) -> None:
@@ -101,10 +119,12 @@ def test_given_base_wins(generator_calls: list[Any], weights: Path) -> None:
     assert generator_calls[0] == ("base", "another")
 
 
-@pytest.mark.parametrize("flag", ["--weights", "--image"])
-def test_missing_files_are_told_before_a_model_is_loaded(flag: str, generator_calls: list[Any]) -> None:
+@pytest.mark.parametrize("flags", [["--weights"], ["--image"], ["--image", "{weights}", "--mask"]])
+def test_missing_files_are_told_before_a_model_is_loaded(
+    flags: list[str], generator_calls: list[Any], weights: Path
+) -> None:
     with pytest.raises(UserError, match=r"nowhere\.x do(es)? not exist"):
-        predict.main(["--prompt", "a", flag, "nowhere.x"])
+        predict.main(["--prompt", "a", *(flag.format(weights=weights) for flag in flags), "nowhere.x"])
     assert generator_calls == []
 
 
@@ -115,6 +135,7 @@ def test_missing_files_are_told_before_a_model_is_loaded(flag: str, generator_ca
         (["--prompt", "a", "--num_outputs", "0"], "--num_outputs"),
         (["--prompt", "a", "--prompt_strength", "1.5"], "--prompt_strength"),
         (["--prompt", "a", "--scheduler", "eulr"], "--scheduler"),
+        (["--prompt", "a", "--mask", "m.png"], "give image too"),
         (["recipe.yaml", "--prompt", "a"], "'recipe.yaml' is not understood"),
     ],
 )
@@ -124,62 +145,38 @@ def test_mistakes(argv: list[str], told: str, generator_calls: list[Any]) -> Non
     assert generator_calls == []
 
 
-def test_cog_predictor(generator_calls: list[Any], weights: Path) -> None:
+def test_cog_predictor(generator_calls: list[Any], weights: Path, capsys) -> None:
     predictor = predict.Predictor()
     predictor.setup(weights=str(weights))
     assert generator_calls[0] == ("base", "base of mine")
     given = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
     files = predictor.run(**given | {"prompt": "TOK", "num_outputs": 2, "seed": 3, "lora_scale": 0.5})
     assert generator_calls[-1] == DrawSettings(prompt="TOK", num_outputs=2, seed=3, lora_scale=0.5)
+    assert [file.name for file in files] == ["0001_seed3.png", "0002_seed4.png"]
     assert [file.is_file() for file in files] == [True, True]
+    assert capsys.readouterr().out == "seed: 3\n"
+    with pytest.raises(UserError) as told:
+        predictor.run(**given | {"prompt": "TOK", "replicate_weights": "nowhere?token=abc " + "x" * 10_000})
+    assert len(str(told.value)) <= 300 and "abc" not in str(told.value)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """/whole.tar is whole, /short.tar ends before its length, all else is missing."""
-
-    requests: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        self.requests.append(self.path)
-        if self.path == "/gone.tar":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", "7" if self.path == "/whole.tar" else "700")
-        self.end_headers()
-        self.wfile.write(b"weights")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the tests' output stays readable."""
+def test_pictures_that_were_sent_are_removed(generator_calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = predict.Predictor()
+    predictor.setup()
+    given = {name: one.default.default for name, one in inspect.signature(predictor.run).parameters.items()}
+    (first,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    (second,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    assert first.is_file() and second.is_file() and first != second  # the first may still be on its way
+    monkeypatch.setattr(predict, "SENT_BY_NOW", -1)
+    (third,) = predictor.run(**given | {"prompt": "a", "seed": 1})
+    assert third.is_file() and not first.parent.exists() and not second.parent.exists()
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    monkeypatch.setattr(Handler, "requests", [])
-    monkeypatch.setattr(predict, "DOWNLOADS", tmp_path / "downloads")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_url_is_downloaded_once(server: str, generator_calls: list[Any]) -> None:
-    studio = predict.Studio()
-    studio.ready(f"{server}/whole.tar", "toybox")
-    studio.ready(f"{server}/whole.tar", "toybox")
-    assert Handler.requests == ["/whole.tar"]
-    assert generator_calls[-1][0] == "use" and generator_calls[-1][1].read_bytes() == b"weights"
-
-
-@pytest.mark.parametrize("path", ["/gone.tar", "/short.tar"])
-def test_failed_download_leaves_nothing(server: str, path: str, generator_calls: list[Any]) -> None:
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        predict.Studio().ready(server + path, "toybox")
-    assert list(predict.DOWNLOADS.iterdir()) == []
-
-
-def test_server_that_is_not_there(generator_calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(predict, "DOWNLOADS", tmp_path)
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        predict.fetched("http://127.0.0.1:9/none.tar")
+def test_a_picture_does_not_tell_the_secret_in_its_weights_address(generator_calls: list[Any], tmp_path: Path) -> None:
+    address = "https://me:pw@127.0.0.1/x.tar?token=abc"
+    settings = predict.PredictSettings(prompt="a", seed=1, weights=address, output_dir=tmp_path)
+    (file,) = predict.written([Image.new("RGB", (8, 8))], settings)
+    with Image.open(file) as picture:
+        told = json.loads(picture.text["atelier"])
+    assert told["weights"] == "https://127.0.0.1/x.tar"
+    assert "output_dir" not in told  # of no use to anybody else

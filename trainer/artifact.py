@@ -19,7 +19,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,7 +51,8 @@ MEMBERS = (
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
 
 _SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}/){0,3}[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
-_SUFFIXES = frozenset({".safetensors", ".json", ".jsonl", ".yaml", ".html", ".png"})
+# .pti is cog-sdxl's name for a .safetensors file of embeddings, and is read as one
+_SUFFIXES = frozenset({".safetensors", ".pti", ".json", ".jsonl", ".yaml", ".html", ".png"})
 _PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 _LONG_HEADERS = frozenset(
     {
@@ -232,12 +233,18 @@ def write(folder: Path, archive: Path) -> None:
                 tar.addfile(member, file)
 
 
+Wanted = Callable[[str], bool]
+
+
 @contextmanager
-def opened(archive: Path, limits: Limits = LIMITS) -> Iterator[Path]:
+def opened(archive: Path, limits: Limits = LIMITS, foreign: Wanted | None = None) -> Iterator[Path]:
     """Yield a folder with the members of an archive of weights, which is removed afterwards.
 
     `archive` is a tar, a tar.gz, or such a folder, which is yielded as it is. UserError where it is none of these,
     or where anything in it is not what an archive of weights holds; then nothing was unpacked.
+
+    With `foreign`, a tar without a manifest is somebody else's: of its members only those that it says are wanted,
+    and that are allowed in ours, are unpacked.
     """
     if archive.is_dir():
         yield archive
@@ -245,7 +252,7 @@ def opened(archive: Path, limits: Limits = LIMITS) -> Iterator[Path]:
     if not archive.is_file():
         raise UserError(f"{archive} does not exist; give the trained_model.tar that train.py wrote, or its folder.")
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        _unpack(archive, Path(folder), limits)
+        _unpack(archive, Path(folder), limits, foreign)
         yield Path(folder)
 
 
@@ -261,12 +268,12 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _unpack(archive: Path, folder: Path, limits: Limits) -> None:
+def _unpack(archive: Path, folder: Path, limits: Limits, foreign: Wanted | None) -> None:
     with archive.open("rb") as file:
         packed_with_gzip = file.read(2) == b"\x1f\x8b"
     try:
         with tarfile.open(archive, "r:gz" if packed_with_gzip else "r:", tarinfo=_Header) as tar:
-            members = _checked(tar, archive, limits)
+            members = _checked(tar, archive, limits, foreign)
             for name, member in members.items():
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -276,10 +283,11 @@ def _unpack(archive: Path, folder: Path, limits: Limits) -> None:
         _refuse(archive, f"is not a whole tar or tar.gz ({error})")
 
 
-def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits) -> dict[str, tarfile.TarInfo]:
+def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits, foreign: Wanted | None) -> dict[str, tarfile.TarInfo]:
     """The regular files of `tar` by name, every one of them allowed. Nothing is unpacked yet."""
     members: dict[str, tarfile.TarInfo] = {}
     taken: set[str] = set()  # in lower case: some file systems do not tell the cases apart
+    faults: list[str] = []
     total, packed = 0, archive.stat().st_size
     for count, member in enumerate(tar, start=1):
         if count > limits.members:
@@ -288,12 +296,15 @@ def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits) -> dict[str, t
             continue  # folders are made for the files in them
         name = member.name.removeprefix("./")
         fault = _name_fault(name) or _size_fault(member, limits)
+        if not fault and name.lower() in taken:
+            fault = "twice"
         if fault:
-            _refuse(archive, f"holds {member.name[:100]!r}, {fault}")
-        if name.lower() in taken:
-            _refuse(archive, f"holds {name!r} twice")
-        taken.add(name.lower())
-        members[name] = member
+            faults.append(f"holds {member.name[:100]!r}, {fault}")
+            if foreign is None or member.size < 0:
+                _refuse(archive, faults[0])
+        else:
+            taken.add(name.lower())
+            members[name] = member
         # Before the next header is looked for, since that unpacks this member.
         total += member.size
         if total > limits.total_bytes:
@@ -307,8 +318,15 @@ def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits) -> dict[str, t
         _refuse(archive, "is damaged or cut short")
     if any(parent.as_posix().lower() in taken for name in members for parent in PurePosixPath(name).parents):
         _refuse(archive, "holds a name both as a file and as a folder")
-    if MANIFEST not in members:
+    if MANIFEST in members:
+        if faults:
+            _refuse(archive, faults[0])
+        return members
+    if foreign is None:
         _refuse(archive, f"has no {MANIFEST}")
+    members = {name: member for name, member in members.items() if foreign(name)}
+    if not members:
+        _refuse(archive, f"{faults[0]}, and no weights" if faults else "holds no weights")
     return members
 
 

@@ -60,11 +60,7 @@ def run(door: Callable[[list[str]], None]) -> int:
 
     A UserError is printed as one line on stderr; a bug keeps its traceback.
     """
-    # Read when torch is loaded, later: threads that spin as they wait made training on a busy machine 40 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Pictures are handled without torchvision, and transformers says so at every start.
-    lines = logging.getLogger("transformers.utils.import_utils")
-    lines.addFilter(lambda record: "requires torchvision" not in record.getMessage())
+    quiet_libraries()
     try:
         door(sys.argv[1:])
     except UserError as error:
@@ -74,6 +70,18 @@ def run(door: Callable[[list[str]], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def quiet_libraries() -> None:
+    """What must be said before torch and transformers are loaded."""
+    # Threads that spin as they wait made training on a busy machine 40 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Pictures are handled without torchvision, and transformers says so at every start.
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_not_about_torchvision)
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    return "requires torchvision" not in record.getMessage()
 
 
 def build_parser(model: type[BaseModel], prog: str, description: str, recipe: bool = False) -> Parser:
@@ -104,29 +112,38 @@ def read(parser: Parser, model: type[Settings], argv: list[str]) -> Settings:
     values = read_recipe(recipe, model) if recipe else {}
     places = {name: f"{recipe}: {name}" for name in values} | {name: f"--{name}" for name in flags}
     # A flag that takes several values gives a list, which cannot itself say null.
-    values |= {name: "null" if value == ["null"] else value for name, value in flags.items()}
-    values = {name: _null(model.model_fields[name], value) for name, value in values.items()}
+    flags = {name: "null" if value == ["null"] else value for name, value in flags.items()}
+    values |= {name: _null(model.model_fields[name], value) for name, value in flags.items()}
     return check(model, values, places)
 
 
 def read_recipe(path: Path, model: type[BaseModel]) -> dict[str, Any]:
-    """The values in a YAML, as text, its keys checked against `model`. Raises UserError for what cannot be read."""
+    """The values in a YAML file; see `parse_recipe`. Raises UserError for what cannot be read."""
     try:
-        values = yaml.load(path.read_bytes(), Loader=_RecipeLoader)
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"the recipe {path} cannot be read ({error.strerror}): give the path of a YAML file") from error
+    return parse_recipe(text, str(path), model)
+
+
+def parse_recipe(text: str | bytes, place: str, model: type[BaseModel]) -> dict[str, Any]:
+    """The values in YAML or JSON, as text, its keys checked against `model`; `place` is how mistakes are named."""
+    try:
+        values = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: {getattr(error, 'problem', None) or 'this is no YAML'}") from error
+        raise UserError(f"{place}{line}: {getattr(error, 'problem', None) or 'this is no YAML'}") from error
+    except RecursionError as error:
+        raise UserError(f"{place} is nested too deeply: give lines of the form name: value") from error
     if values in (None, ""):
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} should hold lines of the form name: value")
+        raise UserError(f"{place} should hold lines of the form name: value")
     for name in values:
         if name not in model.model_fields:
-            raise UserError(f"{path}: {name} is no setting{_hint(name, model)}")
-    return values
+            raise UserError(f"{place}: {name} is no setting{_hint(name, model)}")
+    return {name: _null(model.model_fields[name], value) for name, value in values.items()}
 
 
 def check(model: type[Settings], values: Mapping[str, Any], places: Mapping[str, str] | None = None) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scheduler = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
@@ -31,4 +31,13 @@ class DrawSettings(BaseModel):
         None, ge=0, le=2, description="Strength of the trained tokens; null: one that suits lora_scale."
     )
     image: Path | None = Field(None, description="Picture to start from (img2img).")
+    mask: Path | None = Field(
+        None, description="With an image of its size: white is drawn anew, black stays (inpaint)."
+    )
     prompt_strength: float = Field(0.8, ge=0, le=1, description="With an image: 1 draws over all of it, 0 keeps it.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DrawSettings:
+        if self.mask is not None and self.image is None:
+            raise ValueError("mask says which part of an image is drawn anew: give image too")
+        return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from pydantic import ValidationError
 
 from preprocessing.errors import UserError
 from preprocessing.trigger import trigger_pattern
-from trainer import artifact, families, methods
+from trainer import artifact, families, foreign, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.devices import drawing_dtype, pick_device
 from trainer.drawing import DrawSettings
-from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.families.base import DENOISER, IMAGE_TO_IMAGE, INPAINT, TEXT, TEXT_TO_IMAGE, VAE, Family
 from trainer.methods.base import Method
 from trainer.samples import Conditioning
 
@@ -48,36 +47,55 @@ class Generator:
         self.resolution = families.family_class(base_model).geometry(base_model).resolution
         self.manifest: Manifest | None = None
         self._method: Method | None = None
+        self.archive: Path | None = None  # where the weights in use came from
 
     def use(self, archive: Path) -> None:
-        """Put an archive's weights in, in place of any before. On an error the base model is left as it was.
+        """Put weights in (see `trainer.foreign` for which there are), in place of any before.
 
-        Raises UserError where the archive is not one, or was made on another base model.
+        Raises UserError where they are none, or were made on another base model. After any error, and after a cancel,
+        which may come anywhere and is no Exception, everything is as it was before.
         """
-        with ExitStack() as stack:
-            folder = stack.enter_context(artifact.opened(archive))
+        with foreign.opened(archive, self.family, self.base_model) as folder:
             manifest = artifact.read_manifest(folder)
             if manifest.family != self.family.name:
                 raise UserError(
                     f"{archive} was trained on a {manifest.family} ({manifest.base_model}) and {self.base_model} is a "
                     f"{self.family.name}: choose its own base_model."
                 )
-            self.release()
-            method = methods.create(_settings_of(manifest))
-            stack.callback(self._forget, method)
-            method.load(folder, self.family)
-            self._method, self.manifest = method, manifest
+            method, before = methods.create(_settings_of(manifest)), self.archive
+            try:
+                self.release()
+                self._put_in(method, folder, manifest)
+                self.archive = archive
+            except BaseException:
+                self._put_back(before)
+                raise
 
-    def _forget(self, method: Method) -> None:
-        """Take out a method whose loading did not end well."""
-        if self._method is not method:
-            method.detach(self.family)
+    def _put_in(self, method: Method, folder: Path, manifest: Manifest) -> None:
+        self._method = method  # first, so that `release` takes out what is only half in
+        method.load(folder, self.family)
+        self.manifest = manifest
+
+    def _put_back(self, archive: Path | None) -> None:
+        """Undo a change of weights that was stopped anywhere; without the file of the old ones, the base model."""
+        self.release()
+        if archive is None:
+            return
+        try:
+            with foreign.opened(archive, self.family, self.base_model) as folder:
+                manifest = artifact.read_manifest(folder)
+                self._put_in(methods.create(_settings_of(manifest)), folder, manifest)
+                self.archive = archive
+        except BaseException as error:
+            self.release()
+            if not isinstance(error, UserError):  # that file has gone meanwhile; the error that led here is told
+                raise
 
     def release(self) -> None:
-        """Back to the base model, bit for bit."""
+        """Back to the base model, bit for bit. One that was stopped halfway is finished by the next."""
         if self._method is not None:
             self._method.detach(self.family)
-        self._method = self.manifest = None
+        self._method = self.manifest = self.archive = None
 
     def draw(self, settings: DrawSettings) -> list[Image.Image]:
         """`num_outputs` pictures of one prompt, with the seeds seed, seed + 1, ...; see `seed_of`."""
@@ -97,7 +115,8 @@ class Generator:
         if self._method is not None:
             self._method.set_strength(self.family, settings.lora_scale)
         arguments = self._arguments(settings)
-        pipe = self.family.pipeline(image_to_image=settings.image is not None)
+        task = TEXT_TO_IMAGE if settings.image is None else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
+        pipe = self.family.pipeline(task)
         if settings.scheduler is not None:
             pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config)
         if settings.image is not None and settings.prompt_strength == 0:
@@ -109,7 +128,10 @@ class Generator:
                 self._conditioning(prompts[chunk], settings), self._negative(len(prompts[chunk]), settings)
             )
             noise = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-            yield pipe(**text, **arguments, generator=noise).images
+            drawn = pipe(**text, **arguments, generator=noise).images
+            if task == INPAINT:  # the VAE alone changes every pixel a little
+                drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
+            yield drawn
 
     def _arguments(self, settings: DrawSettings) -> dict[str, Any]:
         """The pipeline's arguments that do not depend on the prompt."""
@@ -130,7 +152,9 @@ class Generator:
         # one step at least, and a little more, lest rounding make it none
         least = min(1.0, (1 + 1e-6) / arguments["num_inference_steps"])
         strength = max(settings.prompt_strength, least)
-        return arguments | {"image": _open(settings.image, (width, height)), "strength": strength}
+        pictures = _open_all(settings, (width, height))
+        size = {"width": width, "height": height} if settings.mask is not None else {}
+        return arguments | pictures | size | {"strength": strength}
 
     def _words(self, prompts: list[str]) -> list[str]:
         return self._method.words(prompts) if self._method is not None else prompts
@@ -183,10 +207,26 @@ def _scheduler(name: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
-def _open(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A starting picture, cropped to `size`'s aspect ratio and resized to it."""
+def _open_all(settings: DrawSettings, size: tuple[int, int]) -> dict[str, Image.Image]:
+    """The picture to start from and its mask, cropped to `size`'s aspect ratio and resized to it."""
+    pictures = {"image": _open(settings.image, "image").convert("RGB")}
+    if settings.mask is not None:
+        mask = _open(settings.mask, "mask")
+        if mask.size != pictures["image"].size:
+            told = [f"{one.width}x{one.height}" for one in (mask, pictures["image"])]
+            raise UserError(f"mask {settings.mask} is {told[0]} and image is {told[1]}: give a mask of the same size.")
+        pictures["mask_image"] = mask.convert("L")
+    fitted = {name: ImageOps.fit(one, size, Image.Resampling.LANCZOS) for name, one in pictures.items()}
+    if settings.mask is not None:  # as the pipeline takes it: drawn anew or not, nothing between
+        fitted["mask_image"] = fitted["mask_image"].point(lambda value: 255 if value >= 128 else 0)
+    return fitted
+
+
+def _open(path: Path, name: str) -> Image.Image:
+    """A picture, upright."""
     try:
         with Image.open(path) as picture:
-            return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), size, Image.Resampling.LANCZOS)
+            picture.load()
+            return ImageOps.exif_transpose(picture)
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read ({error}): give a PNG, JPEG or WebP picture.") from error
+        raise UserError(f"{name} {path} cannot be read ({error}): give a PNG, JPEG or WebP picture.") from error

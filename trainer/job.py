@@ -37,6 +37,7 @@ from trainer.step import BatchMaker, TrainStep
 
 ARCHIVE = "trained_model.tar"
 Progress = Callable[[str, int, int], None]
+OnStep = Callable[[dict[str, float], int], None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Stages:
     """Times the stages of a job."""
 
     progress: Progress
+    on_step: OnStep
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -64,15 +66,25 @@ class Stages:
         yield
         self.seconds[name] = round(time.monotonic() - started, 3)
 
+    def on_step_of(self, steps: int) -> Callable[[dict[str, float]], None]:
+        """What the loop calls with each row of a run of `steps` steps."""
 
-def train(settings: JobSettings, progress: Progress | None = None) -> JobResult | None:
+        def told(row: dict[str, float]) -> None:
+            self.progress("train", row["step"], steps)
+            self.on_step(row, steps)
+
+        return told
+
+
+def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
     """Run a job; on all processes but the first the result is None.
 
-    `progress` is called with (stage, done, total). Raises UserError for what the user can mend; what was finished
+    `progress` is called with (stage, done, total), `on_step` with each step's row of metrics.jsonl and the number of
+    steps that there will be. Raises UserError for what the user can mend; what was finished
     before stays in `output_dir`.
     """
     settings = fill(settings)
-    stages = Stages(progress or (lambda stage, done, total: None))
+    stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     accelerator = make_accelerator(settings)
     set_seed(settings.seed % 2**32)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -197,7 +209,7 @@ def fit(
         method=method,
         settings=settings,
         checkpoints=checkpoints,
-        on_step=lambda row: stages.progress("train", row["step"], settings.max_train_steps),
+        on_step=stages.on_step_of(settings.max_train_steps),
     )
     with stages.stage("train"), training_attention(accelerator.device):
         step = Loop(accelerator, plan).run(settings.output_dir)

@@ -51,7 +51,7 @@ def to_kohya(state: dict[str, torch.Tensor], nets: LoraConfigs, two_text_encoder
         net, module, part = _split(key)
         name = _kohya_name(net, module, two_text_encoders)
         if part == "lora_A.weight":
-            alpha = _alpha(module, tensor.shape[0], nets[net])
+            alpha = alpha_of(module, tensor.shape[0], nets[net])
             converted[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         elif part == "lora_magnitude_vector":
             up = state[f"{net}.{module}.lora_B.weight"]
@@ -114,7 +114,7 @@ def _kohya_name(net: str, module: str, two_text_encoders: bool) -> str:
     return prefix + module.replace(".", "_")
 
 
-def _alpha(module: str, rank: int, config: dict[str, Any]) -> float:
+def alpha_of(module: str, rank: int, config: dict[str, Any]) -> float:
     """The alpha with which alpha / rank is the scale that peft multiplies this module's matrices by."""
     from peft.utils.other import get_pattern_key
 

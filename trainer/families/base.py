@@ -15,6 +15,7 @@ from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
+TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Family(ABC):
         """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
 
     @abstractmethod
-    def pipeline(self, image_to_image: bool = False) -> Any:
-        """The stock diffusers pipeline around this family's parts."""
+    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
+        """The stock diffusers pipeline around this family's parts, for TEXT_TO_IMAGE, IMAGE_TO_IMAGE or INPAINT."""
 
     @abstractmethod
     def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:

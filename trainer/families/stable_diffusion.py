@@ -18,7 +18,18 @@ from preprocessing.errors import UserError
 from trainer import kohya
 from trainer.artifact import Manifest
 from trainer.families import model_config, resolve
-from trainer.families.base import DENOISER, TEXT, VAE, Family, Geometry, Net, TextTower
+from trainer.families.base import (
+    DENOISER,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    TEXT,
+    TEXT_TO_IMAGE,
+    VAE,
+    Family,
+    Geometry,
+    Net,
+    TextTower,
+)
 from trainer.objectives import Ddpm
 from trainer.samples import Conditioning, Picture, Sample
 
@@ -42,7 +53,11 @@ class StableDiffusion(Family):
 
     name: ClassVar[str] = "stable_diffusion"
     usual: ClassVar[Geometry] = Geometry(stride=64, resolution=512)
-    pipelines: ClassVar[tuple[str, str]] = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipelines: ClassVar[dict[str, str]] = {
+        TEXT_TO_IMAGE: "StableDiffusionPipeline",
+        IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",
+        INPAINT: "StableDiffusionInpaintPipeline",
+    }
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {
@@ -78,7 +93,7 @@ class StableDiffusion(Family):
 
     @classmethod
     def load(cls, source: str, parts: frozenset[str], dtype: torch.dtype) -> StableDiffusion:
-        pipeline_class = getattr(diffusers, cls.pipelines[0])
+        pipeline_class = getattr(diffusers, cls.pipelines[TEXT_TO_IMAGE])
         path = Path(resolve(source))
         left_out = {name: None for part, names in PARTS.items() if part not in parts for name in names}
         try:
@@ -173,8 +188,8 @@ class StableDiffusion(Family):
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         return None
 
-    def pipeline(self, image_to_image: bool = False) -> Any:
-        pipeline_class = getattr(diffusers, self.pipelines[image_to_image])
+    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
+        pipeline_class = getattr(diffusers, self.pipelines[task])
         extra = {"requires_safety_checker": False} if "safety_checker" in self._pipe.components else {}
         pipe = pipeline_class(**self._pipe.components, **extra)
         pipe.set_progress_bar_config(disable=True)
@@ -192,7 +207,11 @@ class StableDiffusionXL(StableDiffusion):
 
     name: ClassVar[str] = "stable_diffusion_xl"
     usual: ClassVar[Geometry] = Geometry(stride=32, resolution=1024)
-    pipelines: ClassVar[tuple[str, str]] = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    pipelines: ClassVar[dict[str, str]] = {
+        TEXT_TO_IMAGE: "StableDiffusionXLPipeline",
+        IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
+        INPAINT: "StableDiffusionXLInpaintPipeline",
+    }
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("tokenizer", "text_encoder", "clip_l"),
         ("tokenizer_2", "text_encoder_2", "clip_g"),

@@ -25,7 +25,7 @@ class _Tower:
     """One text encoder's new rows, and what is needed to take them out."""
 
     tower: TextTower
-    rows: nn.Parameter  # [n, d]
+    rows: nn.Parameter | None  # [n, d]; None until they are in place
     vocabulary_std: float
     original_weight: Tensor  # the vocabulary as it was: [V, d]
     original_tokenizer: Any
@@ -42,11 +42,11 @@ class NewTokens:
     def attach(self, family: Family, class_word: str, seed: int, values: dict[str, Tensor] | None = None) -> None:
         """Add the tokens. They start at `values` (embedding key -> [n, d]), else near `class_word`, else at random."""
         for tower in family.text:
-            self._towers.append(self._attach_one(family, tower, class_word, seed, values))
+            self._attach_one(family, tower, class_word, seed, values)
 
     def _attach_one(
         self, family: Family, tower: TextTower, class_word: str, seed: int, values: dict[str, Tensor] | None
-    ) -> _Tower:
+    ) -> None:
         tokenizer = copy.deepcopy(tower.tokenizer)
         if tokenizer.add_tokens(self.names) != len(self.names):
             raise UserError(f"Some of the tokens {self.names} are already words of the base model: choose another one.")
@@ -56,15 +56,16 @@ class NewTokens:
             rows = _initial_rows(tower, original[:size], class_word, (len(self.names), generator(seed, tower.name)))
         else:
             rows = self._fitting(values, tower.embedding_key, original.shape[1])
+        std = original[:size].float().std(dim=1).mean().item()
+        # before the first change: what is stopped halfway (a request may be cancelled) can be taken out again
+        self._towers.append(part := _Tower(tower, None, std, original, tower.tokenizer))
         tower.encoder.resize_token_embeddings(max(len(tokenizer), len(original)), mean_resizing=False)
         ids = tokenizer.convert_tokens_to_ids(self.names)
         config = TrainableTokensConfig(token_indices=ids, target_modules=["token_embedding"], init_weights=True)
-        (parameter,) = inject(tower.encoder, config)
+        (part.rows,) = inject(tower.encoder, config)
         with torch.no_grad():
-            parameter.copy_(rows)
+            part.rows.copy_(rows)
         family.replace_tokenizer(tower.name, tokenizer)
-        std = original[:size].float().std(dim=1).mean().item()
-        return _Tower(tower, parameter, std, original, tower.tokenizer)
 
     def _fitting(self, values: dict[str, Tensor], key: str, width: int) -> Tensor:
         """The rows for one text encoder, checked: fp32 [n, width]."""

