@@ -22,7 +22,8 @@ from trainer.config import JobSettings
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
 
 METHODS = ["pivotal", "lora", "textual_inversion", "full"]
-CAPTIONERS = ["auto", "toybox", "blip", "none"]
+CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
+MODES = ["subject", "face", "style"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 
@@ -31,6 +32,9 @@ def train(
     input_images: Path = Input(description="Zip or tar of pictures. Uploads over 75 MiB get 413: give an http(s) URL."),
     base_model: str = Input(default="toybox", description="A toybox model's name, a folder or a Hub id."),
     method: str = Input(default="pivotal", choices=METHODS, description="pivotal: token embeddings and LoRA."),
+    mode: str = Input(
+        default="subject", choices=MODES, description="What is taught: wordings, masks, flips, previews."
+    ),
     trigger_word: str = Input(default="TOK", description="Word that calls the subject."),
     class_word: str = Input(default="", description="What the subject is, in one word."),
     captioner: str = Input(default="auto", choices=CAPTIONERS, description="Captions pictures that have none."),

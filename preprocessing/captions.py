@@ -2,7 +2,8 @@
 
 Where several give one picture a caption, the first of this order counts and the others are listed as left out:
 1. `x.txt` (or `x.png.txt`) beside `x.png`;
-2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file;
+2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file; `captions.jsonl`, which a job
+   delivers, with file_name and text;
 3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
 In the tables a picture is named from the table's own folder, from the top, by the end of its path where only one
 picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order
@@ -113,7 +114,9 @@ def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserC
         elif kind in (1, 2):
             _take_table(desk, file, limits)
         else:
-            desk.reject(file.name, "neither a picture nor captions (x.txt, captions.csv, metadata.jsonl, metadata.csv)")
+            desk.reject(
+                file.name, "neither a picture nor captions (x.txt, captions.csv or .jsonl, metadata.csv or .jsonl)"
+            )
     return UserCaptions(tuple(pictures), desk.captions, tuple(desk.rejects))
 
 
@@ -121,7 +124,7 @@ def _precedence(name: str) -> int:
     base = PurePosixPath(name).name.casefold()
     if base.endswith(".txt"):
         return 0
-    if "caption" in base and base.endswith(".csv"):
+    if "caption" in base and base.endswith((".csv", ".jsonl")):
         return 1
     return 2 if base in ("metadata.jsonl", "metadata.csv") else 3
 

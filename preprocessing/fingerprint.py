@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from preprocessing.archive import walk
-from preprocessing.captioner import identity
+from preprocessing.captioners import identity
 from preprocessing.prepared import PreparedItem
 from preprocessing.settings import PrepareSettings
 
-ALGORITHM = 1  # raised when the same input comes to be prepared in another way
+ALGORITHM = 2  # raised when the same input comes to be prepared in another way
 
 
 def dataset_hash(items: Iterable[PreparedItem], folder: Path) -> str:
@@ -38,7 +38,7 @@ def inputs_hash(settings: PrepareSettings, stride: int) -> str:
         "settings": settings.model_dump(mode="json", include=names),
         "stride": stride,
         "algorithm": ALGORITHM,
-        "captioner": identity(settings.captioner),
+        "captioner": identity(settings),
         "libraries": [version("pillow"), version("pillow-heif")],
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())

@@ -14,14 +14,13 @@ from PIL import Image
 
 from preprocessing.archive import SourceFile, check_source, unpack
 from preprocessing.buckets import Fit, Size, buckets, fit, nearest
-from preprocessing.captioner import loaded_captioner
-from preprocessing.captions import UserCaptions, read_captions
+from preprocessing.captioning import Caption, caption_all
+from preprocessing.captions import read_captions
 from preprocessing.errors import UserError
 from preprocessing.fingerprint import dataset_hash, inputs_hash
 from preprocessing.pictures import UnreadablePicture, decode
-from preprocessing.prepared import MANIFEST, PreparedDataset, PreparedItem, Reject
+from preprocessing.prepared import CAPTIONS, MANIFEST, PreparedDataset, PreparedItem, Reject
 from preprocessing.settings import PrepareSettings
-from preprocessing.trigger import in_place_of, with_trigger
 
 Progress = Callable[[str, int, int], None]  # stage ("unpack", "pictures" or "captions"), done, total
 DECODERS = min(4, os.cpu_count() or 1)  # each may hold one picture at its full size
@@ -36,15 +35,6 @@ class Cropped:
     fit: Fit
     image: str
     mask: str | None
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A picture's caption as it is trained, as it was first said, and by whom ("user" or a captioner's name)."""
-
-    trained: str
-    original: str | None
-    source: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +81,7 @@ def prepare(settings: PrepareSettings, stride: int, folder: Path, progress: Prog
             folder=building,
         )
         dataset.save()
+        dataset.write_captions(building / CAPTIONS)
         if folder.exists():
             folder.rename(replaced)
         building.rename(folder)
@@ -143,7 +134,8 @@ def _build(
     rejects = (*unpacked.rejects, *user.rejects, *unreadable)
     if not cropped:
         raise UserError(_nothing_left(settings.input_images, rejects))
-    captions = _captions(cropped, user, settings, place, report)
+    crops = {picture.source: place.folder / picture.image for picture in cropped}
+    captions = caption_all(crops, user.captions, settings, report)
     return tuple(_item(picture, captions[picture.source]) for picture in cropped), rejects
 
 
@@ -192,39 +184,6 @@ def _crop(number: int, file: SourceFile, place: Workplace) -> Cropped | Reject:
     return Cropped(file.name, geometry, image, mask)
 
 
-def _captions(
-    cropped: list[Cropped], user: UserCaptions, settings: PrepareSettings, place: Workplace, report: Progress
-) -> dict[str, Caption]:
-    """Everyone's caption, by the picture's name in the upload."""
-    trigger = settings.trigger_word
-    own = {name: Caption(with_trigger(said.text, trigger), said.text, "user") for name, said in user.captions.items()}
-    return own | _write([picture for picture in cropped if picture.source not in own], settings, place, report)
-
-
-def _write(
-    pictures: list[Cropped], settings: PrepareSettings, place: Workplace, report: Progress
-) -> dict[str, Caption]:
-    """Captions by the captioner, which is loaded only if there is need of it, from the pictures as they are trained."""
-    captions: dict[str, Caption] = {}
-    if not pictures:
-        return captions
-    name, trigger = settings.captioner, settings.trigger_word
-    with loaded_captioner(name) as captioner:
-        for start in range(0, len(pictures), captioner.batch_size):
-            batch = pictures[start : start + captioner.batch_size]
-            lines = captioner.caption([_load(place.folder / picture.image) for picture in batch])
-            for picture, line in zip(batch, lines, strict=True):
-                trained = with_trigger(in_place_of(captioner.subject, line, trigger), trigger)
-                captions[picture.source] = Caption(trained, line or None, name)
-            report("captions", len(captions), len(pictures))
-    return captions
-
-
-def _load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 def _item(picture: Cropped, caption: Caption) -> PreparedItem:
     return PreparedItem(
         image=picture.image,
@@ -232,6 +191,7 @@ def _item(picture: Cropped, caption: Caption) -> PreparedItem:
         caption=caption.trained,
         original_caption=caption.original,
         caption_source=caption.source,
+        caption_changes=caption.changes,
         source=picture.source,
         original_size=picture.fit.original,
         resized_size=picture.fit.resized,

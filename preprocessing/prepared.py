@@ -1,6 +1,7 @@
 """The PreparedDataset: the folder between preprocessing and training, and the only thing that training reads.
 
 <folder>/manifest.json      what the classes below hold
+<folder>/captions.jsonl     every caption as it is trained and as it was said; an upload may bring it back
 <folder>/images/000000.png  RGB, exactly the size of its bucket
 <folder>/masks/000000.png   "L", the same size; only where there is a mask
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 MANIFEST = "manifest.json"
+CAPTIONS = "captions.jsonl"
 
 
 class PreparedItem(BaseModel):
@@ -25,6 +27,7 @@ class PreparedItem(BaseModel):
     caption: str  # what is trained, the trigger in it
     original_caption: str | None = None  # as the user or the captioner wrote it
     caption_source: str  # "user", "none" or the captioner's name
+    caption_changes: tuple[str, ...] = ()  # what was done to the original
     source: str  # name in the archive
     original_size: tuple[int, int]  # after EXIF orientation
     resized_size: tuple[int, int]  # before the crop
@@ -60,6 +63,21 @@ class PreparedDataset(BaseModel):
         temporary = self.folder / (MANIFEST + ".tmp")
         temporary.write_text(self.model_dump_json(indent=2, exclude={"folder"}), encoding="utf-8")
         temporary.replace(self.folder / MANIFEST)
+
+    def write_captions(self, path: Path) -> None:
+        """Write captions.jsonl: a line a picture with the trained text, the original, who said it and the changes."""
+        rows = {
+            item.source: {
+                "file_name": item.source,
+                "text": item.caption,
+                "original": item.original_caption,
+                "by": item.caption_source,
+                "changes": item.caption_changes,
+            }
+            for item in self.items
+        }
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+        path.write_text(lines, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> PreparedDataset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from preprocessing.settings import PrepareSettings
 
@@ -24,7 +24,6 @@ class MethodSettings(PrepareSettings):
         "pivotal", description="pivotal: token embeddings and LoRA together."
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
-    class_word: str = Field("", description="What the subject is, in one word; starts the tokens and is kept as it is.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
     lora_rank: int | None = Field(None, ge=1, le=1024, description="Rank of the LoRA matrices.")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; None: alpha = rank.")
@@ -89,11 +88,6 @@ class RunSettings(PrepareSettings):
 
 class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
     """All settings of one job."""
-
-    @field_validator("class_word")
-    @classmethod
-    def _one_line(cls, value: str) -> str:
-        return " ".join(value.split())
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSettings:

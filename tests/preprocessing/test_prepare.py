@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing import captioner
 from preprocessing import prepare as stage
-from preprocessing.captioner import BlipSource
+from preprocessing.captioners import blip
+from preprocessing.captioners.blip import BlipCaptioner, BlipSource
 from preprocessing.errors import UserError
 from preprocessing.prepare import prepare
 from preprocessing.prepared import PreparedDataset
@@ -60,7 +60,7 @@ def test_every_file_is_an_item_a_caption_or_a_reject(upload, tmp_path):
     assert sorted(reject.source for reject in dataset.rejects) == ["broken.png", "captions.csv line 3", "notes.txt"]
     assert [item.size for item in dataset.items] == [(88, 48), (64, 64), (40, 96)]
     assert PreparedDataset.load(folder) == dataset
-    assert sorted(path.name for path in folder.iterdir()) == ["images", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["captions.jsonl", "images", "manifest.json"]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["prepared"]
 
 
@@ -123,8 +123,8 @@ def test_masks_show_what_alpha_shows_through_the_same_crop(tmp_path, wanted):
 
 @pytest.mark.filterwarnings("ignore")
 def test_captioner_writes_for_those_that_have_none_from_the_crop(tmp_path, blip_folder, monkeypatch):
-    monkeypatch.setitem(captioner.SOURCES, "blip", BlipSource(str(blip_folder)))
-    monkeypatch.setattr(captioner.BlipCaptioner, "batch_size", 2)
+    monkeypatch.setattr(blip, "LARGE", BlipSource(str(blip_folder)))
+    monkeypatch.setattr(BlipCaptioner, "batch_size", 2)
     # Red where it is cropped, blue outside: a captioner of the whole picture would say blue.
     sliver = Image.new("RGB", (1000, 40), "blue")
     sliver.paste("red", (400, 0, 600, 40))
@@ -134,15 +134,17 @@ def test_captioner_writes_for_those_that_have_none_from_the_crop(tmp_path, blip_
         picture(tmp_path / f"data/{colour}.png", colour=colour)
     (tmp_path / "data/red.txt").write_text("mine", encoding="utf-8")
     reports = []
-    dataset = prepare(
-        settings(tmp_path / "data", captioner="blip"), 8, tmp_path / "out", lambda *report: reports.append(report)
-    )
+    chosen = settings(tmp_path / "data", captioner="blip", class_word="square")
+    dataset = prepare(chosen, 8, tmp_path / "out", lambda *report: reports.append(report))
     assert {item.source: (item.caption, item.original_caption, item.caption_source) for item in dataset.items} == {
-        "blue.png": ("TOK, a blue square", "a blue square", "blip"),
-        "lime.png": ("TOK, a green square", "a green square", "blip"),
+        "blue.png": ("TOK", "there is a blue square", "blip"),
+        "lime.png": ("TOK", "a green square", "blip"),
         "red.png": ("TOK, mine", "mine", "user"),
-        "sliver.png": ("TOK, a red square", "a red square", "blip"),
+        "sliver.png": ("TOK", "a red square", "blip"),
     }
+    changes = {item.source: item.caption_changes for item in dataset.items}
+    assert changes["blue.png"] == ("opening 'there is' left out", "'a blue square' -> TOK")
+    assert changes["red.png"] == ("trigger, prefix or suffix added",)
     assert reports[0] == ("unpack", 0, 1)
     assert [report for report in reports if report[0] == "pictures"] == [("pictures", n, 4) for n in range(1, 5)]
     assert [report for report in reports if report[0] == "captions"] == [("captions", 2, 3), ("captions", 3, 3)]
@@ -150,7 +152,7 @@ def test_captioner_writes_for_those_that_have_none_from_the_crop(tmp_path, blip_
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_trigger_takes_the_place_of_the_captioners_word_but_of_no_users(tmp_path, blip_folder, monkeypatch):
-    monkeypatch.setitem(captioner.SOURCES, "toybox", BlipSource(str(blip_folder), subject="square"))
+    monkeypatch.setattr(blip, "TOYBOX", BlipSource(str(blip_folder), subject="square"))
     picture(tmp_path / "data/own.png", colour="red")
     picture(tmp_path / "data/red.png", colour="red")
     (tmp_path / "data/own.txt").write_text("a red square", encoding="utf-8")
@@ -161,8 +163,37 @@ def test_the_trigger_takes_the_place_of_the_captioners_word_but_of_no_users(tmp_
     ]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_delivered_captions_are_taken_back_unchanged(tmp_path, blip_folder, monkeypatch):
+    monkeypatch.setattr(blip, "LARGE", BlipSource(str(blip_folder)))
+    for colour in ("lime", "blue", "red"):
+        picture(tmp_path / f"data/deep/{colour}.png", colour=colour)
+    (tmp_path / "data/deep/red.txt").write_text("mine", encoding="utf-8")
+    made = {"captioner": "blip", "caption_prefix": "toy:", "class_word": "square"}
+    first = prepare(settings(tmp_path / "data", **made), 8, tmp_path / "first")
+    (tmp_path / "data/deep/red.txt").unlink()
+    delivered = (first.folder / "captions.jsonl").read_text(encoding="utf-8")
+    assert json.loads(delivered.splitlines()[0]) == {
+        "file_name": "deep/blue.png",
+        "text": "toy: TOK",
+        "original": "there is a blue square",
+        "by": "blip",
+        "changes": [
+            "opening 'there is' left out",
+            "'a blue square' -> TOK",
+            "trigger, prefix or suffix added",
+        ],
+    }
+    (tmp_path / "data/captions.jsonl").write_text(delivered, encoding="utf-8")
+    second = prepare(settings(tmp_path / "data", **made | {"captioner_model": "gone"}), 8, tmp_path / "second")
+    assert [item.caption for item in second.items] == [item.caption for item in first.items]
+    assert {item.caption_source for item in second.items} == {"user"}
+    assert second.dataset_hash == first.dataset_hash
+    assert second.rejects == ()
+
+
 def test_no_captioner_is_loaded_where_every_picture_has_a_caption(tmp_path, monkeypatch):
-    monkeypatch.setitem(captioner.SOURCES, "toybox", BlipSource(str(tmp_path / "gone")))
+    monkeypatch.setattr(blip, "TOYBOX", BlipSource(str(tmp_path / "gone")))
     picture(tmp_path / "data/a.png")
     (tmp_path / "data/a.txt").write_text("", encoding="utf-8")
     item = prepare(settings(tmp_path / "data", captioner="toybox"), 8, tmp_path / "out").items[0]
