@@ -20,8 +20,8 @@ MOST_PIXELS = 512 * 512  # a larger picture is made smaller: its tokens cost tim
 ENDING = " Use one or two plain sentences, only what can be seen, no guesses, no mood. Do not begin with 'The image'."
 INSTRUCTIONS = {
     "subject": "Describe this picture. Say first whether it is a photo, a drawing or something else; then what "
-    "{subject} does and where: pose, view, what it wears or carries, what surrounds it, background and light. Call it {subject} "
-    "and do not describe its own shape, colours or marks.",
+    "{subject} does and where: pose, view, what it wears or carries, what surrounds it, background and light. Call it "
+    "{subject} and do not describe its own shape, colours or marks.",
     "face": "Describe this picture. Say first whether it is a photo, a drawing or something else; then expression, "
     "gaze, pose, clothes, framing, background and light of {subject}. Call the person {subject} and do not describe "
     "face, hair colour, age or build.",
