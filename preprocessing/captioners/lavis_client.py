@@ -31,11 +31,15 @@ MOST_FAILURES = 3  # pictures in a row: then it is not the pictures' fault
 
 @dataclass(frozen=True)
 class LavisSource:
-    """The environment's Python, the model (one of LAVIS's names or a .yaml of one's own) and how long to wait, in s."""
+    """The environment's Python, the model (one of LAVIS's names or a .yaml of one's own) and how long to wait, in s.
+
+    `folder` is where the process runs: LAVIS takes its vocabulary from a folder bert-base-uncased there if there is one.
+    """
 
     python: Path = PYTHON
     model: str = MODEL
     script: Path = SCRIPT
+    folder: Path = ROOT
     start_timeout: float = 900.0  # the first start downloads the model
     timeout: float = 120.0  # a batch
 
@@ -61,7 +65,7 @@ class LavisCaptioner:
         # -P: the script's folder is this package, whose modules must not be taken for others
         command = [source.python, "-P", source.script, "--model", source.model]
         try:
-            return JsonWorker(command, ROOT, source.start_timeout)
+            return JsonWorker(command, source.folder, source.start_timeout)
         except WorkerFailed as error:
             raise UserError(
                 f"captioner lavis cannot be used: its process {error}; make its environment anew with `{SETUP}`, "

@@ -18,6 +18,7 @@ from pathlib import Path
 # LAVIS imports these wherever it goes, and its BLIP calls nothing of them.
 UNUSED = ("pandas", "cv2", "iopath", "iopath.common", "iopath.common.download", "iopath.common.file_io", "fairscale")
 UNUSED += ("fairscale.nn", "fairscale.nn.checkpoint", "fairscale.nn.checkpoint.checkpoint_activations", "decord")
+LONGEST_CAPTION = 40  # tokens after the prompt, as for captioner blip
 PACKAGES = ("lavis", "lavis.models", "lavis.processors")  # whose __init__ imports all of LAVIS
 
 
@@ -51,6 +52,11 @@ def prepare_imports():
         package = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = package
+    # What LAVIS expects to find in the packages that were not run.
+    sys.modules["lavis.models"].BaseModel = importlib.import_module("lavis.models.base_model").BaseModel
+    base = importlib.import_module("lavis.processors.base_processor")
+    sys.modules["lavis.processors"].BaseProcessor = base.BaseProcessor
+    importlib.import_module("lavis.common.registry").registry.register_path("library_root", str(folder))
 
 
 def load(model_type):
@@ -89,7 +95,11 @@ def answer(question, model, processor, device):
     if pictures:
         with torch.inference_mode():
             said = model.generate(
-                {"image": torch.stack(pictures).to(device)}, use_nucleus_sampling=False, num_beams=1, max_length=30
+                {"image": torch.stack(pictures).to(device)},
+                use_nucleus_sampling=False,
+                num_beams=1,
+                min_length=0,
+                max_length=model.prompt_length + LONGEST_CAPTION,
             )
         for place, line in zip(places, said, strict=True):
             captions[place] = {"caption": line}

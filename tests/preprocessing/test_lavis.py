@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from preprocessing.captioners.lavis_client import LavisCaptioner, LavisSource
+from preprocessing.captioners.blip import BlipCaptioner, BlipSource
+from preprocessing.captioners.lavis_client import PYTHON, SCRIPT, LavisCaptioner, LavisSource
 from preprocessing.captioners.worker import JsonWorker, WorkerFailed
 from preprocessing.errors import UserError
 
@@ -122,3 +123,102 @@ def test_the_child_ends_with_its_parent(source, tmp_path):
         os.kill(pid, 0)
     with pytest.raises((WorkerFailed, ValueError)):
         worker.ask({"pictures": []}, 1)
+
+
+# For torch's CPU build, to which the torchvision of the package index does not belong; then the real worker.
+WITH_NMS = """
+import runpy, sys, torch
+if not torch.version.cuda:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+runpy.run_path({script!r}, run_name="__main__")
+"""
+SPECIALS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 104: "a", 105: "picture", 106: "of"}
+DEC, VOCABULARY = 30522, 30522  # LAVIS adds two tokens to the words of bert-base-uncased
+SIDE = 32  # pixels
+CONFIG = """
+model:
+  load_finetuned: True
+  finetuned: {weights}
+  vit_type: base
+  image_size: 32
+  med_config_path: {text}
+  prompt: "a picture of "
+preprocess: {{vis_processor: {{eval: {{name: blip_image_eval, image_size: 32}}}}}}
+"""
+TO_LAVIS = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers.": "blocks.",
+    "self_attn.qkv": "attn.qkv",
+    "self_attn.projection": "attn.proj",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "post_layernorm": "norm",
+}
+
+
+def one_model_for_both(folder: Path) -> None:
+    """A random BLIP as a transformers folder and as LAVIS's .yaml with its .pth; only LAVIS fixes the ViT's width."""
+    import json
+
+    import torch
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    words = [SPECIALS.get(number, f"w{number}") for number in range(VOCABULARY)]
+    (folder / "bert-base-uncased").mkdir()
+    (folder / "bert-base-uncased/vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12}
+    text = shape | {"vocab_size": VOCABULARY + 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+    ids = {"bos_token_id": DEC, "pad_token_id": 0, "sep_token_id": 102, "eos_token_id": 102}
+    torch.manual_seed(0)
+    config = BlipConfig(
+        text_config=text | ids | {"encoder_hidden_size": 768, "layer_norm_eps": 1e-12, "projection_dim": 48},
+        vision_config={"image_size": SIDE, "layer_norm_eps": 1e-6, "initializer_range": 0.05},
+        image_text_hidden_size=48,
+    )
+    model = BlipForConditionalGeneration(config).eval()
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    pictures = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    BlipProcessor(pictures, tokenizer).save_pretrained(folder / "blip")
+    model.save_pretrained(folder / "blip")
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("vision_model."):
+            name = "visual_encoder." + name.removeprefix("vision_model.")
+            for ours, theirs in TO_LAVIS.items():
+                name = name.replace(ours, theirs)
+        weights[name] = value
+    torch.save({"model": weights}, folder / "lavis.pth")
+    med = text | {"encoder_width": 768, "add_cross_attention": True, "add_type_embeddings": False, "pad_token_id": 0}
+    (folder / "med.json").write_text(json.dumps(med | {"hidden_act": "gelu"}), encoding="utf-8")
+    (folder / "lavis.yaml").write_text(
+        CONFIG.format(weights=folder / "lavis.pth", text=folder / "med.json"), encoding="utf-8"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.is_file(), reason="needs the environment that `sh setup_lavis.sh` makes")
+@pytest.mark.filterwarnings("ignore")
+def test_lavis_itself_says_what_blip_says(tmp_path):
+    """The real package in its own environment against transformers with the same random weights."""
+    import numpy as np
+
+    one_model_for_both(tmp_path)
+    script = tmp_path / "with_nms.py"
+    script.write_text(WITH_NMS.format(script=str(SCRIPT)), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    shapes = [(32, 32), (48, 80), (90, 40), (200, 300), (33, 31), (64, 64), (20, 20), (70, 70), (128, 32), (50, 51)]
+    seen = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    lavis = LavisCaptioner(LavisSource(model=str(tmp_path / "lavis.yaml"), script=script, folder=tmp_path))
+    try:
+        said = lavis.caption(seen, lambda lines: None)
+    finally:
+        lavis.close()
+    expected = BlipCaptioner(BlipSource(str(tmp_path / "blip"), "a picture of")).caption(seen, lambda lines: None)
+    assert [" ".join(line.split()) for line in said] == expected
+    assert len(set(said)) > 1 and all(said)
