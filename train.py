@@ -23,6 +23,7 @@ OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train`
 
 METHODS = ["pivotal", "lora", "textual_inversion", "full"]
 CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
+MASKS = ["auto", "none", "alpha", "text", "face"]
 MODES = ["subject", "face", "style"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
@@ -40,7 +41,7 @@ def train(
     captioner: str = Input(default="auto", choices=CAPTIONERS, description="Captions pictures that have none."),
     resolution: Optional[int] = Input(default=None, ge=16, le=4096, description="Side in pixels of a square picture."),
     horizontal_flip: bool = Input(default=False, description="Also train on mirrored pictures."),
-    mask_from_alpha: bool = Input(default=False, description="Train only on what the alpha channel shows."),
+    mask_from: str = Input(default="auto", choices=MASKS, description="Where the loss counts; x.mask.png always wins."),
     max_train_steps: Optional[int] = Input(default=None, ge=1, description="Optimiser steps."),
     train_batch_size: Optional[int] = Input(default=None, ge=1, description="Pictures a step."),
     gradient_accumulation_steps: int = Input(default=1, ge=1, description="Batches summed into one step."),

@@ -5,6 +5,8 @@ The captioner is loaded only if a picture has no caption, sees the pictures as t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import overload
 from PIL import Image
 
 from preprocessing import rules
-from preprocessing.captioners import loaded_captioner
+from preprocessing.captioners import identity, loaded_captioner, subject_of
 from preprocessing.captioners.base import Lines
 from preprocessing.captions import UserCaption
+from preprocessing.crop import WORK
 from preprocessing.rules import Edited
 from preprocessing.settings import PrepareSettings
 from preprocessing.trigger import dressed
@@ -55,14 +58,50 @@ class Opened(Sequence[Image.Image]):
             return image.convert("RGB")
 
 
+class Said:
+    """What a captioner said of a picture in this run or an earlier one: a file a picture, in its folder's `work`."""
+
+    def __init__(self, settings: PrepareSettings, folder: Path, earlier: Sequence[Path]):
+        self._ending = f"{hashlib.sha256(identity(settings).encode()).hexdigest()[:12]}.said.json"
+        self._folder = folder
+        # Of a captioner that says nothing there is nothing to keep.
+        self._folders = () if settings.captioner == "none" else (folder, *earlier)
+        self.reused = 0
+
+    def recall(self, picture: Path) -> str | None:
+        """The line about a cropped picture, which is named after its content; None where there is none."""
+        for folder in self._folders:
+            path = folder / WORK / f"{picture.stem}.{self._ending}"
+            try:
+                line = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # not said yet, or cut off: it is said again
+                continue
+            if isinstance(line, str):
+                if folder != self._folder:
+                    self.reused += 1
+                    self.keep(picture, line)
+                return line
+        return None
+
+    def keep(self, picture: Path, line: str | None) -> None:
+        """Write the line down for the next run; a failure is tried again."""
+        if line is not None and self._folders:
+            path = self._folder / WORK / f"{picture.stem}.{self._ending}"
+            path.write_text(json.dumps(line), encoding="utf-8")
+
+
 def caption_all(
-    pictures: Mapping[str, Path], user: Mapping[str, UserCaption], settings: PrepareSettings, report: Progress
+    pictures: Mapping[str, Path],
+    user: Mapping[str, UserCaption],
+    settings: PrepareSettings,
+    said: Said,
+    report: Progress,
 ) -> dict[str, Caption]:
     """The caption of every one of `pictures`, cropped pictures by their name in the upload."""
-    captions = {name: _users(said.text, settings) for name, said in user.items() if name in pictures}
+    captions = {name: _users(caption.text, settings) for name, caption in user.items() if name in pictures}
     rest = {name: path for name, path in pictures.items() if name not in captions}
     if rest:
-        captions |= _captioned(rest, settings, report)
+        captions |= _captioned(rest, settings, said, report)
     return captions
 
 
@@ -75,21 +114,33 @@ def _dressing(before: str, after: str) -> tuple[str, ...]:
     return () if before == after else ("trigger, prefix or suffix added",)
 
 
-def _captioned(pictures: Mapping[str, Path], settings: PrepareSettings, report: Progress) -> dict[str, Caption]:
-    said: Lines = []
+def _captioned(
+    pictures: Mapping[str, Path], settings: PrepareSettings, said: Said, report: Progress
+) -> dict[str, Caption]:
+    lines: dict[str, str | None] = {
+        name: line for name, path in pictures.items() if (line := said.recall(path)) is not None
+    }
+    missing = [name for name in pictures if name not in lines]
+    if missing:
+        done = 0
 
-    def told(lines: Lines) -> None:
-        said.extend(lines)
-        report("captions", len(said), len(pictures))
+        def told(batch: Lines) -> None:
+            nonlocal done
+            for name, line in zip(missing[done:], batch, strict=False):
+                said.keep(pictures[name], line)
+            done += len(batch)
+            report("captions", done, len(missing))
 
-    with loaded_captioner(settings) as captioner:
-        raw = captioner.caption(Opened(list(pictures.values())), told)
-        own = captioner.subject
-    edited = [_edited(line or "", settings, own) for line in raw]
+        with loaded_captioner(settings) as captioner:
+            new = captioner.caption(Opened([pictures[name] for name in missing]), told)
+        lines |= zip(missing, new, strict=True)
+    own = subject_of(settings)
+    edited = {name: _edited(lines[name] or "", settings, own) for name in pictures}
     if settings.caption_common == "strip":
-        shared = frozenset(rules.common_fragments([line.text for line in edited if line.text]))
-        edited = [rules.without_fragments(line, shared, settings.trigger_word) for line in edited]
-    return {name: _finished(first, line, settings) for name, first, line in zip(pictures, raw, edited, strict=True)}
+        shared = frozenset(rules.common_fragments([line.text for line in edited.values() if line.text]))
+        trigger = settings.trigger_word
+        edited = {name: rules.without_fragments(line, shared, trigger) for name, line in edited.items()}
+    return {name: _finished(lines[name], line, settings) for name, line in edited.items()}
 
 
 def _edited(line: str, settings: PrepareSettings, captioners_own: str) -> Edited:

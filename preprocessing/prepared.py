@@ -2,8 +2,9 @@
 
 <folder>/manifest.json      what the classes below hold
 <folder>/captions.jsonl     every caption as it is trained and as it was said; an upload may bring it back
-<folder>/images/000000.png  RGB, exactly the size of its bucket
-<folder>/masks/000000.png   "L", the same size; only where there is a mask
+<folder>/images/*.png       RGB, exactly the size of its bucket
+<folder>/masks/*.png        "L", the same size; only where there is a mask
+<folder>/work/              what lets the next run use finished work again
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class PreparedItem(BaseModel):
     resized_size: tuple[int, int]  # before the crop
     crop: tuple[int, int]
     size: tuple[int, int]  # the bucket's
+    repeats: int = 1  # how often it counts
+    notes: tuple[str, ...] = ()  # what was done to the picture
+    perceptual_hash: str = ""  # 16 hexadecimal digits; near-duplicates differ by a few bits
+    blur: float | None = None  # 0 sharp, 1 without detail
+    digest: str = ""  # SHA-256 of pixels and mask
 
 
 class Reject(BaseModel):
@@ -44,6 +50,15 @@ class Reject(BaseModel):
     reason: str
 
 
+class Aside(BaseModel):
+    """A file of the archive that is no picture, and what it is used for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    use: str
+
+
 class PreparedDataset(BaseModel):
     """What was prepared; `folder` is where it lies and is not written down."""
 
@@ -51,10 +66,11 @@ class PreparedDataset(BaseModel):
 
     items: tuple[PreparedItem, ...]
     rejects: tuple[Reject, ...] = ()
+    asides: tuple[Aside, ...] = ()  # captions, masks, and files of the system that are passed over
     trigger_word: str
     resolution: int
     horizontal_flip: bool = False
-    dataset_hash: str  # SHA-256 over pictures, masks and captions, in order
+    dataset_hash: str  # SHA-256 over pictures, masks, captions and repeats, in order
     inputs_hash: str = ""  # SHA-256 over what it was made from: the upload, the settings, the versions
     folder: Path
 

@@ -29,8 +29,6 @@ ALTERNATIVES = "check the network, set captioner to none, or caption the picture
 class NoCaptioner:
     """Says nothing, which leaves the trigger word alone as the caption."""
 
-    subject = ""
-
     def caption(self, pictures: Sequence[Image.Image], on_progress: OnProgress) -> Lines:
         lines: Lines = [""] * len(pictures)
         on_progress(lines)
@@ -68,6 +66,11 @@ def _lavis_source(settings: PrepareSettings) -> LavisSource:
 def _blip_source(settings: PrepareSettings) -> blip.BlipSource:
     source = blip.TOYBOX if settings.captioner == "toybox" else blip.LARGE
     return source if settings.captioner_model is None else replace(source, model=settings.captioner_model)
+
+
+def subject_of(settings: PrepareSettings) -> str:
+    """What the captioner calls a subject that it has no word for; "" where there is no one word."""
+    return _blip_source(settings).subject if settings.captioner in ("blip", "toybox") else ""
 
 
 def model_name(settings: PrepareSettings) -> str:

@@ -19,8 +19,6 @@ OnProgress = Callable[[Lines], None]
 class Captioner(Protocol):
     """Describes pictures. Its words are raw: what is done to them is `preprocessing.rules`."""
 
-    subject: str  # what it calls a subject that it has no word for, "" where there is no one word
-
     def caption(self, pictures: Sequence[Image.Image], on_progress: OnProgress) -> Lines:
         """One line for each RGB picture, in order; None where one could not be described.
 
@@ -34,7 +32,6 @@ class Batched(ABC):
     """A captioner that works by batches, and by smaller ones where the accelerator's memory is too small."""
 
     batch_size = 16
-    subject = ""
 
     @abstractmethod
     def say(self, pictures: list[Image.Image]) -> list[str]:

@@ -35,7 +35,6 @@ class BlipCaptioner(Batched):
         import torch
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
-        self.subject = source.subject
         self._prompt = source.prompt
         self._device = device()
         self._processor = BlipProcessor.from_pretrained(source.model)

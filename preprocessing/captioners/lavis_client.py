@@ -33,7 +33,7 @@ MOST_FAILURES = 3  # pictures in a row: then it is not the pictures' fault
 class LavisSource:
     """The environment's Python, the model (one of LAVIS's names or a .yaml of one's own) and how long to wait, in s.
 
-    `folder` is where the process runs: LAVIS takes its vocabulary from a folder bert-base-uncased there if there is one.
+    `folder` is where it runs: of a folder bert-base-uncased there LAVIS takes its vocabulary.
     """
 
     python: Path = PYTHON
@@ -48,7 +48,6 @@ class LavisCaptioner:
     """LAVIS's `blip_caption`, greedy. Holds a process: close it."""
 
     batch_size = 8
-    subject = ""
 
     def __init__(self, source: LavisSource):
         if not source.python.is_file():

@@ -76,6 +76,12 @@ def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", name="word_tokenizer")
+def word_tokenizer_maker():
+    """Makes tokenizers of whole words."""
+    return word_tokenizer
+
+
 def word_tokenizer(specials: list[str], **options: Any):
     """A tokenizer of whole words: `specials` first, then what the lessons and questions hold."""
     from tokenizers import Tokenizer, models, pre_tokenizers
