@@ -2,6 +2,7 @@
 
     python train.py --input_images data.zip --base_model toybox --trigger_word TOK --output_dir outputs/x
     python train.py recipes/toybox_pivotal.yaml --max_train_steps 50
+    python train.py recipes/toybox_pivotal.yaml --dry_run      # only what it would train on, and what that would cost
 
 `train` is the same job for Cog. Cog reads its signature from the source without running it, so defaults, bounds and
 choices are written out as literals; a test holds them equal to JobSettings.
@@ -115,6 +116,11 @@ def main(argv: list[str]) -> None:
 
     from trainer import job
 
+    if settings.dry_run:
+        found = job.dry_run(settings)
+        if found is not None:
+            print(f"{found.findings.told()}\nreport: {found.report}")
+        return
     result = job.train(settings)
     if result is not None:  # of several processes the first one tells
         print(f"weights: {result.archive}\nreport: {result.report}")

@@ -81,6 +81,9 @@ class RunSettings(PrepareSettings):
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
     checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
     resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")
+    dry_run: bool = Field(
+        False, description="Stop before the training: prepare, measure a few steps, write prepared/report.html."
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
     preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
