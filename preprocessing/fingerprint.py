@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from preprocessing import sources
 from preprocessing.archive import walk
 from preprocessing.captioners import identity
 from preprocessing.crop import digest_of
@@ -51,17 +52,20 @@ def crops_hash(settings: PrepareSettings, stride: int) -> str:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
-def inputs_hash(settings: PrepareSettings, stride: int) -> str:
+def inputs_hash(settings: PrepareSettings, stride: int, share: sources.Share = (0, 1)) -> str:
     """SHA-256 (hex) over the upload, the settings that matter here, and the versions of what does the work."""
     names = set(PrepareSettings.model_fields) - {"input_images", "workers"}
     made_by = {
         "settings": settings.model_dump(mode="json", include=names),
         "crops": crops_hash(settings, stride),
         "captioner": identity(settings),
+        "share": share,
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
     source = settings.input_images
-    if source.is_dir():
+    if sources.is_dataset(settings):
+        digest.update(sources.identity(settings).encode())
+    elif source.is_dir():
         found = walk(source)
         for file in found.files:
             digest.update(_framed(file.name.encode()) + _file_hash(file.path))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,9 @@ from preprocessing.crop import (
 )
 from preprocessing.errors import UserError
 from preprocessing.fingerprint import crops_hash, dataset_hash, inputs_hash, is_intact
-from preprocessing.prepared import CAPTIONS, MANIFEST, PreparedDataset, PreparedItem, Reject
+from preprocessing.prepared import CAPTIONS, MANIFEST, Aside, PreparedDataset, PreparedItem, Reject
 from preprocessing.settings import PrepareSettings
+from preprocessing.sources import Share, is_dataset, open_dataset
 from preprocessing.upload import Upload, open_upload
 from preprocessing.workers import Work, processes, run_all
 
@@ -70,23 +72,26 @@ class Bars:
             self._bar.close()
 
 
-def prepare(settings: PrepareSettings, stride: int, folder: Path, progress: Progress | None = None) -> PreparedDataset:
+def prepare(
+    settings: PrepareSettings, stride: int, folder: Path, progress: Progress | None = None, share: Share = (0, 1)
+) -> PreparedDataset:
     """Turn `settings.input_images` into a PreparedDataset in `folder`, which appears whole or not at all.
 
     `stride` is what the sides of a trained picture are multiples of; `settings.resolution` and `settings.captioner`
     must be settled (not None, not "auto"). A folder that an earlier call made from the same input is used again if its
     pictures and captions are still what they were; else it is replaced, and of it and of what an interrupted call left
     every picture and caption is used again that would come out the same. Every file of the upload becomes an item, an
-    aside or a reject.
+    aside or a reject. Of a data set (see `preprocessing.sources`) only `share` (which node of how many) is taken.
     Raises UserError for whatever the user can mend, above all where no picture is left.
     """
     if settings.resolution is None or settings.captioner == "auto":
         raise ValueError("the job settles resolution and captioner before it prepares")
-    check_source(settings.input_images)
+    if not is_dataset(settings):
+        check_source(settings.input_images)
     _check_target(folder, settings.input_images)
     for resolution in (settings.resolution, *settings.extra_resolutions):
         buckets(resolution, stride, settings.bucket_ratio)
-    inputs = inputs_hash(settings, stride)
+    inputs = inputs_hash(settings, stride, share)
     earlier = _reusable(folder, inputs)
     if earlier:
         print(f"{folder}: used again as it is, {len(earlier.items)} pictures", file=sys.stderr)
@@ -103,7 +108,7 @@ def prepare(settings: PrepareSettings, stride: int, folder: Path, progress: Prog
     place = _place(settings, stride, building, tuple(one for one in (left, folder) if (one / WORK).is_dir()))
     bars = Bars(progress)
     try:
-        dataset = _build(settings, place, inputs, bars)
+        dataset = _build(settings, place, (inputs, share), bars)
         if folder.exists():
             folder.rename(replaced)
         building.rename(folder)
@@ -159,10 +164,11 @@ def _place(settings: PrepareSettings, stride: int, folder: Path, earlier: tuple[
     )
 
 
-def _build(settings: PrepareSettings, place: Place, inputs: str, report: Progress) -> PreparedDataset:
+def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], report: Progress) -> PreparedDataset:
+    inputs, share = origin
     unpacked_folder = place.folder / "unpacked"
     report("unpack", 0, 1)
-    upload = open_upload(settings, unpacked_folder)
+    upload = open_dataset(settings, share) if is_dataset(settings) else open_upload(settings, unpacked_folder)
     report("unpack", 1, 1)
     finished, unreadable, reused = _crop_all(upload, settings, place, report)
     for scratch in (unpacked_folder, place.folder / "whole"):
@@ -281,3 +287,36 @@ def _item(picture: Finished, crop: Crop, caption: Caption, repeats: int) -> Prep
         blur=cropped.blur,
         digest=crop.digest,
     )
+
+
+def merge(parts: Sequence[PreparedDataset], folder: Path) -> PreparedDataset:
+    """The parts, each in a subfolder of `folder`, as one data set there: the shares of several nodes."""
+    items = tuple(
+        item.model_copy(
+            update={
+                "source": f"{part.folder.name}/{item.source}",
+                "image": f"{part.folder.name}/{item.image}",
+                "mask": f"{part.folder.name}/{item.mask}" if item.mask else None,
+            }
+        )
+        for part in parts
+        for item in part.items
+    )
+    told = [
+        one.model_copy(update={"source": f"{part.folder.name}/{one.source}"})
+        for part in parts
+        for one in (*part.rejects, *part.asides)
+    ]
+    merged = parts[0].model_copy(
+        update={
+            "items": items,
+            "rejects": tuple(one for one in told if isinstance(one, Reject)),
+            "asides": tuple(one for one in told if isinstance(one, Aside)),
+            "dataset_hash": dataset_hash(items),
+            "inputs_hash": hashlib.sha256("".join(part.inputs_hash for part in parts).encode()).hexdigest(),
+            "folder": folder,
+        }
+    )
+    merged.save()
+    merged.write_captions(folder / CAPTIONS)
+    return merged

@@ -15,7 +15,18 @@ class PrepareSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    input_images: Path = Field(description="Archive (zip, tar, tar.gz) or folder of pictures, captions beside them.")
+    input_images: Path = Field(
+        description="Archive (zip, tar, tar.gz) or folder of pictures, captions beside them; or a data set: see source."
+    )
+    source: Literal["auto", "files", "dataset"] = Field(
+        "auto",
+        description="dataset: input_images is a Hub id, or local Parquet, WebDataset or ImageFolder files, streamed. "
+        "auto: that for a folder of nothing but .parquet or .tar files.",
+    )
+    dataset_split: str = Field("train", description="Split of a data set.")
+    image_column: str | None = Field(None, description="Column of a data set's pictures; None: the only one with some.")
+    caption_column: str | None = Field(None, description="Column of its captions; None: caption, text, prompt or txt.")
+    max_pictures: int | None = Field(None, ge=1, description="Take no more than so many from a data set.")
     mode: Mode = Field("subject", description="What is taught; decides wordings, masks, flips and preview prompts.")
     trigger_word: str = Field("TOK", min_length=1, pattern=r"^\S+$", description="Word that calls the subject.")
     class_word: str = Field("", description="What the subject is, in one word; starts the tokens and is kept as it is.")

@@ -24,8 +24,9 @@ from accelerate.utils import set_seed
 from preprocessing.errors import UserError
 from preprocessing.findings import Findings, examine
 from preprocessing.preflight import write_preflight
-from preprocessing.prepare import prepare
+from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
+from preprocessing.sources import is_dataset
 from preprocessing.trigger import trigger_pattern
 from trainer import artifact, cache, delivery, families, methods, preflight
 from trainer.checkpoint import Checkpoints, fingerprint
@@ -167,7 +168,7 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
 
 def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
-    if not settings.input_images.exists():
+    if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     source = settings.base_model
     suits = families.recommended(source, settings.method)
@@ -207,10 +208,18 @@ def _unused_parameters_happen() -> Any:
 
 
 def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress) -> PreparedDataset:
-    """The data set, made by the first process and read by all."""
+    """The data set, read by all processes: made by the first one, or, where it is streamed, by each its share."""
     folder = settings.output_dir / "prepared"
-    if accelerator.is_main_process:
-        stride = families.family_class(settings.base_model).geometry(settings.base_model).stride
+    stride = families.family_class(settings.base_model).geometry(settings.base_model).stride
+    count = accelerator.num_processes
+    parts = [folder / f"part_{rank:03d}" for rank in range(count)]
+    if count > 1 and is_dataset(settings):
+        rank = accelerator.process_index
+        prepare(settings, stride, parts[rank], progress, (rank, count))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            merge([PreparedDataset.load(part) for part in parts], folder)
+    elif accelerator.is_main_process:
         prepare(settings, stride, folder, progress)
     accelerator.wait_for_everyone()
     return PreparedDataset.load(folder)
