@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from preprocessing.page import duration
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from preprocessing.quality import BLURRED, near_duplicates
-from preprocessing.rules import COMMON_SHARE, common_fragments
+from preprocessing.rules import COMMON_SHARE, cleaned, common_fragments
 from preprocessing.trigger import trigger_pattern
 
 LONGEST_CUT = 200  # characters of a caption's cut end that are shown
@@ -113,7 +113,8 @@ def examine(dataset: PreparedDataset, reader: Reader | None = None) -> Findings:
         *(FileVerdict(source=one.source, verdict="rejected", done=(one.reason,)) for one in dataset.rejects),
         *(FileVerdict(source=one.source, verdict="aside", done=(one.use,)) for one in dataset.asides),
     ]
-    captioned = [item.caption for item in firsts.values() if item.caption_source != "user"]
+    by_captioner = (item.original_caption for item in firsts.values() if item.caption_source != "user")
+    shared = common_fragments([cleaned(line).text for line in by_captioner if line])
     verdicts = Counter(one.verdict for one in files)
     return Findings(
         counts={"files": len(files), "pictures": len(names), "crops": len(dataset.items)}
@@ -121,8 +122,8 @@ def examine(dataset: PreparedDataset, reader: Reader | None = None) -> Findings:
         files=tuple(sorted(files, key=lambda one: one.source)),
         buckets=_buckets(dataset),
         near_duplicates=tuple(groups),
-        common_fragments=common_fragments(captioned),
-        warnings=tuple(_summary(used, common_fragments(captioned), groups)),
+        common_fragments=shared,
+        warnings=tuple(_summary(used, shared, groups)),
         dataset_hash=dataset.dataset_hash,
     )
 

@@ -124,3 +124,12 @@ def test_the_thumbnail_is_the_exact_crop(dataset):
         Image.open(dataset.folder / dataset.items[0].image) as crop,
     ):
         assert np.array_equal(np.asarray(shown), np.asarray(crop))
+
+
+def test_what_a_captioner_always_says_is_told(dataset):
+    said = [item.model_copy(update={"original_caption": f"a photo of a cat, {n}, red hat", "caption_source": "blip"})
+            for n, item in enumerate(dataset.items)]  # fmt: skip
+    findings = examine(dataset.model_copy(update={"items": tuple(said)}))
+    assert findings.common_fragments == ("a cat", "red hat")
+    assert "share 'a cat', 'red hat'" in findings.warnings[-1]
+    assert examine(dataset).common_fragments == ()

@@ -3,7 +3,10 @@
 import ctypes
 import functools
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +72,32 @@ def test_how_many_processes():
     assert processes(0, 10**6) == 0
     assert processes(None, FEWEST - 1) == 0
     assert processes(None, FEWEST) == processes(None, None) >= 1
+
+
+ORPHANS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_workers import Work, given_up, run_all, square
+if __name__ == "__main__":
+    for _, process in run_all(Work(square, given_up), range(100), 1):
+        print(process, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path, root):
+    (tmp_path / "parent.py").write_text(ORPHANS, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "parent.py"), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker lives on")
