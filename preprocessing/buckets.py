@@ -108,18 +108,18 @@ def fit(original: Size, size: Size, around: Box | None = None, margin: float = 0
     width = min(Fraction(original[0]), original[1] * ratio)
     middle = Fraction(original[0], 2), Fraction(original[1], 2)
     if around is not None:
-        left, top, right, bottom = (Fraction(edge) for edge in around)
+        near, high, far, low = (Fraction(edge) for edge in around)
         grown = 1 + 2 * Fraction(margin)
-        needed = max((right - left) * grown, (bottom - top) * grown * ratio)
+        needed = max((far - near) * grown, (low - high) * grown * ratio)
         width = min(width, max(needed, Fraction(size[0])))
-        middle = (left + right) / 2, (top + bottom) / 2
+        middle = (near + far) / 2, (high + low) / 2
     sides = width, width / ratio
     start = [
         max(Fraction(0), min(centre - side / 2, whole - side))
         for centre, side, whole in zip(middle, sides, original, strict=True)
     ]
-    window = (start[0], start[1], start[0] + sides[0], start[1] + sides[1])
-    return Fit(original, tuple(float(edge) for edge in window), size)  # type: ignore[arg-type]
+    left, top = start
+    return Fit(original, (float(left), float(top), float(left + sides[0]), float(top + sides[1])), size)
 
 
 def smaller(original: Size, resolution: int, stride: int, ratio: float = RATIO) -> Size | None:

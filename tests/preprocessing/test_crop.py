@@ -36,34 +36,35 @@ def rotated() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "kind", "options", "expected"),
+    ("name", "stored", "expected"),
     [
-        ("a.png", Image.new("RGB", (64, 64)), "PNG", {}, ()),
-        ("a.jpg", Image.new("RGB", (70, 64)), "JPEG", {}, ()),
-        ("a.HEIC", Image.new("RGB", (64, 64)), "HEIF", {}, ()),
-        ("a", Image.new("RGB", (64, 64)), "WEBP", {}, ()),
-        ("a.png", Image.new("RGB", (64, 64)), "JPEG", {}, ("is JPEG although its name ends in .png",)),
-        ("a.jpeg", Image.new("RGB", (64, 64)), "JPEG", {"exif": rotated()}, ("turned upright",)),
-        ("a.jpg", Image.new("CMYK", (64, 64)), "JPEG", {}, ("CMYK made RGB",)),
-        ("a.png", Image.new("RGBA", (64, 64), (1, 2, 3, 4)), "PNG", {}, ("transparency laid on white",)),
+        ("a.png", (Image.new("RGB", (64, 64)), "PNG", {}), ()),
+        ("a.jpg", (Image.new("RGB", (70, 64)), "JPEG", {}), ()),
+        ("a.HEIC", (Image.new("RGB", (64, 64)), "HEIF", {}), ()),
+        ("a", (Image.new("RGB", (64, 64)), "WEBP", {}), ()),
+        ("a.png", (Image.new("RGB", (64, 64)), "JPEG", {}), ("is JPEG although its name ends in .png",)),
+        ("a.jpeg", (Image.new("RGB", (64, 64)), "JPEG", {"exif": rotated()}), ("turned upright",)),
+        ("a.jpg", (Image.new("CMYK", (64, 64)), "JPEG", {}), ("CMYK made RGB",)),
+        ("a.png", (Image.new("RGBA", (64, 64), (1, 2, 3, 4)), "PNG", {}), ("transparency laid on white",)),
         (
             "a.tif",
-            Image.fromarray(np.zeros((64, 64), np.uint16)),
-            "TIFF",
-            {},
+            (Image.fromarray(np.zeros((64, 64), np.uint16)), "TIFF", {}),
             ("more than 8 bits of grey scaled to 8",),
         ),
         (
             "a.gif",
-            Image.new("RGB", (64, 64)),
-            "GIF",
-            {"save_all": True, "append_images": [Image.new("RGB", (64, 64), "red")]},
+            (
+                Image.new("RGB", (64, 64)),
+                "GIF",
+                {"save_all": True, "append_images": [Image.new("RGB", (64, 64), "red")]},
+            ),
             ("first of 2 frames",),
         ),
-        ("a.png", Image.new("RGB", (1000, 64)), "PNG", {}, ("74% cut away",)),
+        ("a.png", (Image.new("RGB", (1000, 64)), "PNG", {}), ("74% cut away",)),
     ],
 )
-def test_notes(tmp_path, place, name, image, kind, options, expected):
+def test_notes(tmp_path, place, name, stored, expected):
+    image, kind, options = stored
     assert notes(place, name, packed(tmp_path, image, kind, **options)) == expected
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import train as door
 from preprocessing.errors import UserError
 from trainer import job, preflight
 from trainer.methods.pivotal import Pivotal
+from trainer.preview import prompts_of
 
 
 @pytest.fixture
@@ -104,3 +107,45 @@ def test_parts_of_the_largest_size(settings, dataset):
     areas = [item.size[0] * item.size[1] for item in dataset.items]
     assert part.items[0].size[0] * part.items[0].size[1] == max(areas)
     assert torch.is_grad_enabled()
+
+
+def test_preview_prompts_follow_the_mode(settings):
+    for mode, words in {"style": "in the style of TOK", "face": "a photo of TOK", "subject": "a photo of TOK"}.items():
+        prompts = prompts_of(settings(mode=mode, preview_prompts=None))
+        assert sum(words in prompt for prompt in prompts) >= 1
+        assert "TOK" not in prompts[-1] and not any("{" in prompt for prompt in prompts)
+    own = prompts_of(settings(base_model="toybox", preview_prompts=None))
+    assert own != prompts_of(settings(base_model="toybox", preview_prompts=None, mode="style"))
+    assert prompts_of(settings(mode="style", preview_prompts=("{trigger} alone",))) == ["TOK alone"]
+
+
+def test_each_process_prepares_its_share_of_a_streamed_data_set_and_all_read_the_whole(settings, tmp_path):
+    import datasets
+
+    rows = []
+    for value in range(5):
+        packed = io.BytesIO()
+        Image.new("RGB", (40, 40), (value * 10, 0, 0)).save(packed, "PNG")
+        rows.append({"bytes": packed.getvalue(), "path": f"{value}.png"})
+    (tmp_path / "set").mkdir()
+    images = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    images.to_parquet(tmp_path / "set/a.parquet")
+    chosen = job.fill(settings(input_images=tmp_path / "set", captioner="none"))
+    waits = []
+    for rank in (1, 0):  # the first process last, as if it had waited for the other
+        process = SimpleNamespace(num_processes=2, process_index=rank, is_main_process=rank == 0)
+        process.wait_for_everyone = lambda: waits.append(1)
+        if rank == 1:
+            with pytest.raises(FileNotFoundError):  # nobody has merged yet
+                job.prepared(chosen, process, lambda *report: None)
+        else:
+            whole = job.prepared(chosen, process, lambda *report: None)
+    assert len(waits) == 4
+    assert sorted(item.source for item in whole.items) == [
+        "part_000/00000000-0.png",
+        "part_000/00000001-2.png",
+        "part_000/00000002-4.png",
+        "part_001/00000000-1.png",
+        "part_001/00000001-3.png",
+    ]
+    assert all((whole.folder / item.image).is_file() for item in whole.items)
