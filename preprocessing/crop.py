@@ -188,10 +188,9 @@ def _cropped(task: Task, place: Place, key: str) -> Cropped:
     mask, notes = _mask(task, picture, place)
     notes = [*_name_note(task.name, picture), *picture.notes, *notes]
     box = masks.box_of(mask) if mask is not None and place.crops_to_mask else None
-    crops = []
-    for fitted in _fits(picture.rgb.size, place, box):
-        crops.append(_written(picture, mask, fitted, (key, place)))
-    notes += _size_notes(_fits(picture.rgb.size, place, box)[0], place)
+    fits = _fits(picture.rgb.size, place, box)
+    crops = [_written(picture, mask, fitted, (key, place)) for fitted in fits]
+    notes += _size_notes(fits[0], place)
     with Image.open(place.folder / crops[0].image) as image:
         shown = image.convert("RGB")
     return Cropped(

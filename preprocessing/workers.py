@@ -12,7 +12,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -55,18 +55,13 @@ def run_all(work: Work[Task, Result], tasks: Iterable[Task], count: int) -> Iter
         yield from map(work.function, tasks)
         return
     waiting = iter(tasks)
-    failed: list[Task] = []
-    while True:
-        failed = yield from _until_broken(work, itertools.chain(failed, waiting), count)
-        if not failed:
-            return
+    while failed := (yield from _until_broken(work, waiting, count)):
         # Whose fault it was is not known: one by one it shows.
         for task in failed:
             yield _alone(work, task)
-        failed = []
 
 
-def _until_broken(work: Work[Task, Result], tasks: Iterator[Task], count: int) -> Iterator[Result]:
+def _until_broken(work: Work[Task, Result], tasks: Iterator[Task], count: int) -> Generator[Result, None, list[Task]]:
     """Results until the tasks or the pool come to an end; returns the tasks that the pool took with it."""
     under_way: deque[tuple[Task, Future[Result]]] = deque()
     pool = _pool(count)
