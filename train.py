@@ -2,6 +2,7 @@
 
     python train.py --input_images data.zip --base_model toybox --trigger_word TOK --output_dir outputs/x
     python train.py recipes/toybox_pivotal.yaml --max_train_steps 50
+    python train.py recipes/toybox_pivotal.yaml --dry_run      # only what it would train on, and what that would cost
 
 `train` is the same job for Cog. Cog reads its signature from the source without running it, so defaults, bounds and
 choices are written out as literals; a test holds them equal to JobSettings.
@@ -22,7 +23,9 @@ from trainer.config import JobSettings
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
 
 METHODS = ["pivotal", "lora", "textual_inversion", "full"]
-CAPTIONERS = ["auto", "toybox", "blip", "none"]
+CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
+MASKS = ["auto", "none", "alpha", "text", "face"]
+MODES = ["subject", "face", "style"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 
@@ -33,12 +36,15 @@ def train(
     input_images: Path = Input(description="Zip or tar of pictures. Uploads over 75 MiB get 413: give an http(s) URL."),
     base_model: str = Input(default="toybox", description="A toybox model's name, a folder or a Hub id."),
     method: str = Input(default="pivotal", choices=METHODS, description="pivotal: token embeddings and LoRA."),
+    mode: str = Input(
+        default="subject", choices=MODES, description="What is taught: wordings, masks, flips, previews."
+    ),
     trigger_word: str = Input(default="TOK", description="Word that calls the subject."),
     class_word: str = Input(default="", description="What the subject is, in one word."),
     captioner: str = Input(default="auto", choices=CAPTIONERS, description="Captions pictures that have none."),
     resolution: Optional[int] = Input(default=None, ge=16, le=4096, description="Side in pixels of a square picture."),
     horizontal_flip: bool = Input(default=False, description="Also train on mirrored pictures."),
-    mask_from_alpha: bool = Input(default=False, description="Train only on what the alpha channel shows."),
+    mask_from: str = Input(default="auto", choices=MASKS, description="Where the loss counts; x.mask.png always wins."),
     max_train_steps: Optional[int] = Input(default=None, ge=1, description="Optimiser steps."),
     train_batch_size: Optional[int] = Input(default=None, ge=1, description="Pictures a step."),
     gradient_accumulation_steps: int = Input(default=1, ge=1, description="Batches summed into one step."),
@@ -114,6 +120,11 @@ def main(argv: list[str]) -> None:
 
     from trainer import job
 
+    if settings.dry_run:
+        found = job.dry_run(settings)
+        if found is not None:
+            print(f"{found.findings.told()}\nreport: {found.report}")
+        return
     result = job.train(settings)
     if result is not None:  # of several processes the first one tells
         print(f"weights: {result.archive}\nreport: {result.report}")

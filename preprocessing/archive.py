@@ -54,10 +54,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Files sorted by name, and what was left out; hidden and system files are in neither."""
+    """Files sorted by name, what was left out, and the names of hidden and system files, which nobody misses."""
 
     files: tuple[SourceFile, ...]
     rejects: tuple[Reject, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,19 +244,22 @@ def _tar_fault(info: tarfile.TarInfo) -> str | None:
 
 def _extract(source: Path, members: Iterator[_Member], into: Path, budget: _Budget) -> Unpacked:
     files: dict[str, SourceFile] = {}
-    rejects = []
+    rejects, ignored = [], []
     for number, member in enumerate(members):
         name = _checked_name(source, member.name)
         if member.fault:
             raise UserError(f"{source}: {name[:80]!r} is {member.fault}, which is refused: pack plain picture files.")
         budget.take(member.size)
-        if member.is_folder or not name or _is_ignored(name):
+        if member.is_folder or not name:
+            continue
+        if _is_ignored(name):
+            ignored.append(name)
             continue
         if name in files:  # as with `tar --append`, the later one counts
             rejects.append(Reject(source=name, reason="the archive holds a later file of the same name"))
         files[name] = SourceFile(name, into / f"{number:06d}")
         _copy(member, files[name].path)
-    return Unpacked(tuple(files[name] for name in sorted(files)), tuple(rejects))
+    return Unpacked(tuple(files[name] for name in sorted(files)), tuple(rejects), tuple(sorted(ignored)))
 
 
 def _copy(member: _Member, path: Path) -> None:
@@ -293,14 +297,16 @@ def walk(folder: Path, limits: Limits = LIMITS) -> Unpacked:
 
     Raises UserError where a limit is passed or a subfolder cannot be read.
     """
-    files, rejects = [], []
+    files, rejects, ignored = [], [], []
     budget = _Budget(folder, limits, None)
     for root, subfolders, names in os.walk(folder, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not _is_ignored(name)]
-        for name in names + subfolders:
+        passed_over = {name for name in subfolders if _is_ignored(name)}
+        subfolders[:] = [name for name in subfolders if name not in passed_over]
+        for name in [*names, *subfolders, *passed_over]:
             path = Path(root, name)
             shown = _shown(path.relative_to(folder).as_posix())
             if _is_ignored(name):
+                ignored.append(shown)
                 continue
             budget.take(path.lstat().st_size)
             if path.is_symlink():
@@ -309,7 +315,9 @@ def walk(folder: Path, limits: Limits = LIMITS) -> Unpacked:
                 files.append(SourceFile(shown, path))
             elif not path.is_dir():
                 rejects.append(Reject(source=shown, reason="neither a file nor a folder"))
-    return Unpacked(tuple(sorted(files, key=lambda file: file.name)), tuple(sorted(rejects, key=lambda r: r.source)))
+    files.sort(key=lambda file: file.name)
+    rejects.sort(key=lambda reject: reject.source)
+    return Unpacked(tuple(files), tuple(rejects), tuple(sorted(ignored)))
 
 
 def _raise(error: OSError) -> None:

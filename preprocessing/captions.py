@@ -2,11 +2,13 @@
 
 Where several give one picture a caption, the first of this order counts and the others are listed as left out:
 1. `x.txt` (or `x.png.txt`) beside `x.png`;
-2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file;
+2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file; `captions.jsonl`, which a job
+   delivers, with file_name and text;
 3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
 In the tables a picture is named from the table's own folder, from the top, by the end of its path where only one
 picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order
 mark. A blank caption is the user's wish for none; a row whose caption is null leaves the picture to the captioner.
+A column repeats says how often a picture counts.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from pathlib import PurePosixPath
 from preprocessing.archive import SourceFile
 from preprocessing.errors import UserError
 from preprocessing.limits import LIMITS, MIB, Limits
-from preprocessing.prepared import Reject
+from preprocessing.prepared import Aside, Reject
 
 TEXT_SUFFIXES = {".txt", ".csv", ".jsonl"}
 PICTURE_COLUMNS = ("image_file", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
+REPEATS_COLUMN, MOST_REPEATS = "repeats", 1000
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,23 @@ class UserCaption:
 
 @dataclass(frozen=True)
 class UserCaptions:
-    """Every file sorted into picture (perhaps), caption or reject; `captions` by the picture's name."""
+    """Every file sorted into picture (perhaps), caption or reject; `captions` and `repeats` by the picture's name."""
 
     pictures: tuple[SourceFile, ...]
     captions: dict[str, UserCaption]
     rejects: tuple[Reject, ...]
+    asides: tuple[Aside, ...] = ()
+    repeats: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table: its place for messages, what it calls the picture, the caption, and how often it counts."""
+
+    place: str
+    reference: str
+    caption: str | None
+    repeats: int | None
 
 
 @dataclass
@@ -55,6 +70,8 @@ class _Desk:
 
     names: set[str]
     captions: dict[str, UserCaption] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+    asides: list[Aside] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     by_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     by_folded_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -113,15 +130,17 @@ def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserC
         elif kind in (1, 2):
             _take_table(desk, file, limits)
         else:
-            desk.reject(file.name, "neither a picture nor captions (x.txt, captions.csv, metadata.jsonl, metadata.csv)")
-    return UserCaptions(tuple(pictures), desk.captions, tuple(desk.rejects))
+            desk.reject(
+                file.name, "neither a picture nor captions (x.txt, captions.csv or .jsonl, metadata.csv or .jsonl)"
+            )
+    return UserCaptions(tuple(pictures), desk.captions, tuple(desk.rejects), tuple(desk.asides), desk.repeats)
 
 
 def _precedence(name: str) -> int:
     base = PurePosixPath(name).name.casefold()
     if base.endswith(".txt"):
         return 0
-    if "caption" in base and base.endswith(".csv"):
+    if "caption" in base and base.endswith((".csv", ".jsonl")):
         return 1
     return 2 if base in ("metadata.jsonl", "metadata.csv") else 3
 
@@ -134,20 +153,26 @@ def _take_text(desk: _Desk, file: SourceFile, limits: Limits) -> None:
     text = _read_text(file, limits.caption_bytes)
     for picture in pictures:
         desk.take(picture, UserCaption(text, file.name))
+    desk.asides.append(Aside(source=file.name, use=f"caption of {', '.join(pictures)}"))
 
 
 def _take_table(desk: _Desk, file: SourceFile, limits: Limits) -> None:
     text = _read_text(file, limits.table_bytes)
     rows = _csv_rows(file.name, text) if file.name.casefold().endswith(".csv") else _json_rows(file.name, text)
-    for place, reference, caption in rows:
+    for row in rows:
+        place, caption = row.place, row.caption
         if caption is not None and len(caption.encode()) > limits.caption_bytes:
             raise UserError(f"{place} has a caption of more than {limits.caption_bytes:,} bytes: shorten it.")
-        pictures = desk.named(reference, file.name)
+        pictures = desk.named(row.reference, file.name)
         if len(pictures) != 1:
             what = "there is no such picture" if not pictures else "several pictures are called so: name the folder too"
-            desk.reject(place, f"the caption is for {reference!r}, but {what}")
-        elif caption is not None:
+            desk.reject(place, f"the caption is for {row.reference!r}, but {what}")
+            continue
+        if caption is not None:
             desk.take(pictures[0], UserCaption(caption, place))
+        if row.repeats is not None:
+            desk.repeats[pictures[0]] = row.repeats
+    desk.asides.append(Aside(source=file.name, use="captions"))
 
 
 def _read_text(file: SourceFile, limit: int) -> str:
@@ -161,8 +186,7 @@ def _read_text(file: SourceFile, limit: int) -> str:
         raise UserError(f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
 
 
-def _csv_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
-    """(place for messages, reference to the picture, caption) of each row."""
+def _csv_rows(name: str, text: str) -> Iterator[_Row]:
     header = text.partition("\n")[0]
     # A spreadsheet of many countries writes semicolons; the header's column names hold neither.
     separator = max(",;\t", key=header.count)
@@ -177,9 +201,21 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
                     f"{place} has not as many fields as there are columns: "
                     f"put a caption that holds {separator!r} into quotation marks."
                 )
-            yield place, row[picture], row[caption]
+            yield _Row(place, row[picture], row[caption], _repeats(place, row.get(columns.get(REPEATS_COLUMN))))
     except csv.Error as error:
         raise UserError(f"{name} line {reader.line_num} is not sound CSV ({error}): mend it.") from error
+
+
+def _repeats(place: str, value: object) -> int | None:
+    """How often a row's picture counts; None where the row does not say."""
+    if value in (None, ""):
+        return None
+    text = str(value).strip()
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_REPEATS:
+        raise UserError(
+            f"{place}: {REPEATS_COLUMN} must be a whole number from 1 to {MOST_REPEATS}, not {text[:20]!r}."
+        )
+    return int(text)
 
 
 def _columns(name: str, columns: dict[str, str], wanted: tuple[str, ...]) -> str:
@@ -190,7 +226,7 @@ def _columns(name: str, columns: dict[str, str], wanted: tuple[str, ...]) -> str
     raise UserError(f"{name} has no column {' or '.join(wanted)} (found: {found[:200]}): name the columns so.")
 
 
-def _json_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
+def _json_rows(name: str, text: str) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -208,4 +244,4 @@ def _json_rows(name: str, text: str) -> Iterator[tuple[str, str, str | None]]:
             raise UserError(f"{place}: the picture's name and the caption must be text in quotation marks.")
         if re.search("[\ud800-\udfff]", picture + (caption or "")):
             raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff): write the whole character.")
-        yield place, picture, caption
+        yield _Row(place, picture, caption, _repeats(place, row.get(columns.get(REPEATS_COLUMN))))

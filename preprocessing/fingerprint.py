@@ -8,42 +8,64 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from PIL import Image
-
+from preprocessing import sources
 from preprocessing.archive import walk
-from preprocessing.captioner import identity
-from preprocessing.prepared import PreparedItem
+from preprocessing.captioners import identity
+from preprocessing.crop import digest_of
+from preprocessing.prepared import PreparedDataset, PreparedItem
 from preprocessing.settings import PrepareSettings
 
-ALGORITHM = 1  # raised when the same input comes to be prepared in another way
+ALGORITHM = 3  # raised when the same input comes to be prepared in another way
+LIBRARIES = ("pillow", "pillow-heif", "opencv-python-headless")
+# Settings that decide what a picture becomes; the rest is about captions or about how the work is done.
+OF_CROPS = ("small_pictures", "upscale_model", "mask_background", "crop_margin", "bucket_ratio", "extra_resolutions")
 
 
-def dataset_hash(items: Iterable[PreparedItem], folder: Path) -> str:
-    """SHA-256 (hex) over the pixels, masks and captions of `items` as they lie in `folder`, in order.
-
-    Of pixels and not of files, so that another PNG compressor makes no difference.
-    """
+def dataset_hash(items: Iterable[PreparedItem]) -> str:
+    """SHA-256 (hex) over the pixels, masks, captions and repeats of `items`, in order."""
     digest = hashlib.sha256()
     for item in items:
-        for path in (item.image, item.mask):
-            digest.update(_framed(_pixels(folder / path) if path else b""))
+        digest.update(_framed(bytes.fromhex(item.digest)) + item.repeats.to_bytes(4, "big"))
         digest.update(_framed(item.caption.encode()))
     return digest.hexdigest()
 
 
-def inputs_hash(settings: PrepareSettings, stride: int) -> str:
-    """SHA-256 (hex) over the upload, the settings that matter here, and the versions of what does the work."""
-    names = set(PrepareSettings.model_fields) - {"input_images"}
+def is_intact(dataset: PreparedDataset) -> bool:
+    """Whether pictures, masks and captions are still what they were when the data set was made; OSError if one is not
+    there.
+    """
+    if dataset.dataset_hash != dataset_hash(dataset.items):
+        return False
+    return all(digest_of(dataset.folder, item.image, item.mask) == item.digest for item in dataset.items)
+
+
+def crops_hash(settings: PrepareSettings, stride: int) -> str:
+    """SHA-256 (hex) over all but its own content that decides what a picture becomes."""
+    words = settings.mask_words if settings.mask_source == "text" else ""
     made_by = {
-        "settings": settings.model_dump(mode="json", include=names),
+        "settings": settings.model_dump(mode="json", include={*OF_CROPS, "resolution"}),
+        "mask": [settings.mask_source, words, settings.mask_model if words else None, settings.crops_to_mask],
         "stride": stride,
         "algorithm": ALGORITHM,
-        "captioner": identity(settings.captioner),
-        "libraries": [version("pillow"), version("pillow-heif")],
+        "libraries": [version(name) for name in (*LIBRARIES, *(["transformers"] if words else []))],
+    }
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+
+
+def inputs_hash(settings: PrepareSettings, stride: int, share: sources.Share = (0, 1)) -> str:
+    """SHA-256 (hex) over the upload, the settings that matter here, and the versions of what does the work."""
+    names = set(PrepareSettings.model_fields) - {"input_images", "workers"}
+    made_by = {
+        "settings": settings.model_dump(mode="json", include=names),
+        "crops": crops_hash(settings, stride),
+        "captioner": identity(settings),
+        "share": share,
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
     source = settings.input_images
-    if source.is_dir():
+    if sources.is_dataset(settings):
+        digest.update(sources.identity(settings).encode())
+    elif source.is_dir():
         found = walk(source)
         for file in found.files:
             digest.update(_framed(file.name.encode()) + _file_hash(file.path))
@@ -51,11 +73,6 @@ def inputs_hash(settings: PrepareSettings, stride: int) -> str:
     else:
         digest.update(_file_hash(source))
     return digest.hexdigest()
-
-
-def _pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return f"{image.mode} {image.width} {image.height} ".encode() + image.tobytes()
 
 
 def _file_hash(path: Path) -> bytes:

@@ -38,19 +38,25 @@ class UnreadablePicture(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture: `rgb`, and `alpha` ("L", 0 = transparent) of the same size unless it is opaque."""
+    """A decoded picture: `rgb`, and `alpha` ("L", 0 = transparent) of the same size unless it is opaque.
+
+    `format` is Pillow's name of the format, `notes` say what was done to the picture.
+    """
 
     rgb: Image.Image
     alpha: Image.Image | None
+    format: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def decode(path: Path, limits: Limits = LIMITS) -> Picture:
-    """Read the picture at `path`, whatever its name; of several frames the first.
+def decode(source: Path | bytes, limits: Limits = LIMITS) -> Picture:
+    """Read the picture in a file or in memory, whatever its name; of several frames the first.
 
     Raises UnreadablePicture where it is no picture, damaged, over the limit of pixels or wholly transparent.
     """
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+            kind, notes = image.format or "", _told(image)
             pixels = image.width * image.height
             if pixels > limits.pixels:
                 raise UnreadablePicture(
@@ -58,8 +64,15 @@ def decode(path: Path, limits: Limits = LIMITS) -> Picture:
                 )
             profile = image.info.get("icc_profile")
             upright = _upright(image)
+            if upright is not image:
+                notes.append("turned upright")
             alpha = _alpha(upright)
-            rgb = _srgb(_eight_bit(upright), profile)
+            flat = _eight_bit(upright)
+            rgb = _srgb(flat, profile)
+            if rgb is None:
+                rgb = flat.convert("RGB")
+            else:
+                notes.append("its colour profile converted to sRGB")
     except UnidentifiedImageError as error:
         raise UnreadablePicture("not a picture of a known format") from error
     except PermissionError as error:
@@ -71,12 +84,23 @@ def decode(path: Path, limits: Limits = LIMITS) -> Picture:
             raise
         raise UnreadablePicture(f"damaged ({str(error)[:100]})") from error
     if alpha is None:
-        return Picture(rgb, None)
+        return Picture(rgb, None, kind, tuple(notes))
     if alpha.getextrema() == (0, 0):
         raise UnreadablePicture("wholly transparent")
     flat = Image.new("RGB", rgb.size, "white")
     flat.paste(rgb, mask=alpha)
-    return Picture(flat, alpha)
+    return Picture(flat, alpha, kind, (*notes, "transparency laid on white"))
+
+
+def _told(image: Image.Image) -> list[str]:
+    """What of a file is left behind by any decoding to 8 bits of RGB."""
+    frames = getattr(image, "n_frames", 1)
+    notes = [f"first of {frames} frames"] if frames > 1 else []
+    if image.mode == "CMYK":
+        notes.append("CMYK made RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        notes.append("more than 8 bits of grey scaled to 8")
+    return notes
 
 
 def is_picture(path: Path) -> bool:
@@ -156,13 +180,12 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """`image` (RGB, L or CMYK) as RGB in sRGB, by its ICC profile if that is sound and fits; viewers do the same."""
-    converted = _by_profile(image, profile) if profile else None
-    return converted or image.convert("RGB")
-
-
-def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """`image` (RGB, L or CMYK) as RGB in sRGB by its ICC profile, as viewers do; None where that is not needed, or not
+    sound, or for other colours.
+    """
+    if not profile:
+        return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         name = ImageCms.getProfileDescription(source).strip()

@@ -1,107 +1,124 @@
-"""The whole of preprocessing on one page: unpack, read captions, decode and crop, caption the rest, write it down."""
+"""The whole of preprocessing on one page: open the upload, decode and crop, enlarge, caption, write it down."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from preprocessing.archive import SourceFile, check_source, unpack
-from preprocessing.buckets import Fit, Size, buckets, fit, nearest
-from preprocessing.captioner import loaded_captioner
-from preprocessing.captions import UserCaptions, read_captions
+from preprocessing.archive import check_source
+from preprocessing.buckets import buckets
+from preprocessing.captioning import Caption, Said, caption_all
+from preprocessing.crop import (
+    WORK,
+    Crop,
+    Cropped,
+    Done,
+    Place,
+    crop_one,
+    digest_of,
+    finish,
+    given_up,
+    pending_path,
+    save,
+)
 from preprocessing.errors import UserError
-from preprocessing.fingerprint import dataset_hash, inputs_hash
-from preprocessing.pictures import UnreadablePicture, decode
-from preprocessing.prepared import MANIFEST, PreparedDataset, PreparedItem, Reject
+from preprocessing.fingerprint import crops_hash, dataset_hash, inputs_hash, is_intact
+from preprocessing.prepared import CAPTIONS, MANIFEST, Aside, PreparedDataset, PreparedItem, Reject
 from preprocessing.settings import PrepareSettings
-from preprocessing.trigger import in_place_of, with_trigger
+from preprocessing.sources import Share, is_dataset, open_dataset
+from preprocessing.upload import Upload, open_upload
+from preprocessing.workers import Work, processes, run_all
 
-Progress = Callable[[str, int, int], None]  # stage ("unpack", "pictures" or "captions"), done, total
-DECODERS = min(4, os.cpu_count() or 1)  # each may hold one picture at its full size
-PNG_LEVEL = 1  # these files are read soon and often and kept briefly
-
-
-@dataclass(frozen=True)
-class Cropped:
-    """A picture that lies cropped in the folder, its mask too where it has one; paths as in the manifest."""
-
-    source: str
-    fit: Fit
-    image: str
-    mask: str | None
+# stage ("unpack", "pictures", "enlarge" or "captions"), done, total (0 where it is not known)
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Caption:
-    """A picture's caption as it is trained, as it was first said, and by whom ("user" or a captioner's name)."""
+class Finished:
+    """A picture that lies cropped in the folder, by its name in the upload."""
 
-    trained: str
-    original: str | None
-    source: str
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where and into what sizes pictures are cropped."""
-
-    folder: Path
-    sizes: tuple[Size, ...]
-    masks: bool
+    name: str
+    cropped: Cropped
 
 
-def prepare(settings: PrepareSettings, stride: int, folder: Path, progress: Progress | None = None) -> PreparedDataset:
+class Bars:
+    """A bar a stage on a terminal, and every report handed on."""
+
+    def __init__(self, told: Progress | None):
+        self._told, self._stage, self._bar = told, "", None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.close()
+            # None: only where somebody looks on
+            self._stage, self._bar = stage, tqdm(total=total or None, desc=stage, disable=None, leave=False)
+        self._bar.update(done - self._bar.n)
+        if self._told:
+            self._told(stage, done, total)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def prepare(
+    settings: PrepareSettings, stride: int, folder: Path, progress: Progress | None = None, share: Share = (0, 1)
+) -> PreparedDataset:
     """Turn `settings.input_images` into a PreparedDataset in `folder`, which appears whole or not at all.
 
     `stride` is what the sides of a trained picture are multiples of; `settings.resolution` and `settings.captioner`
     must be settled (not None, not "auto"). A folder that an earlier call made from the same input is used again if its
-    pictures and captions are still what they were; else it is replaced. Every file of the upload becomes an item, a
-    caption or a reject, save hidden and system files.
+    pictures and captions are still what they were; else it is replaced, and of it and of what an interrupted call left
+    every picture and caption is used again that would come out the same. Every file of the upload becomes an item, an
+    aside or a reject. Of a data set (see `preprocessing.sources`) only `share` (which node of how many) is taken.
     Raises UserError for whatever the user can mend, above all where no picture is left.
     """
     if settings.resolution is None or settings.captioner == "auto":
         raise ValueError("the job settles resolution and captioner before it prepares")
-    check_source(settings.input_images)
+    if not is_dataset(settings):
+        check_source(settings.input_images)
     _check_target(folder, settings.input_images)
-    sizes = buckets(settings.resolution, stride)
-    inputs = inputs_hash(settings, stride)
+    for resolution in (settings.resolution, *settings.extra_resolutions):
+        buckets(resolution, stride, settings.bucket_ratio)
+    inputs = inputs_hash(settings, stride, share)
     earlier = _reusable(folder, inputs)
     if earlier:
+        print(f"{folder}: used again as it is, {len(earlier.items)} pictures", file=sys.stderr)
         return earlier
-    building, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "replaced"))
-    for leftover in (building, replaced):  # of a run that was killed
-        _remove(leftover)
+    building, left, replaced = (
+        folder.with_name(f".{folder.name}.{state}") for state in ("building", "left", "replaced")
+    )
+    _remove(replaced)
+    if (building / WORK).is_dir():  # of a call that was interrupted
+        _remove(left)
+        building.rename(left)
+    _remove(building)
     building.mkdir(parents=True)
+    place = _place(settings, stride, building, tuple(one for one in (left, folder) if (one / WORK).is_dir()))
+    bars = Bars(progress)
     try:
-        items, rejects = _build(settings, Workplace(building, sizes, settings.mask_from_alpha), progress or _silent)
-        dataset = PreparedDataset(
-            items=items,
-            rejects=rejects,
-            trigger_word=settings.trigger_word,
-            resolution=settings.resolution,
-            horizontal_flip=settings.horizontal_flip,
-            dataset_hash=dataset_hash(items, building),
-            inputs_hash=inputs,
-            folder=building,
-        )
-        dataset.save()
+        dataset = _build(settings, place, (inputs, share), bars)
         if folder.exists():
             folder.rename(replaced)
         building.rename(folder)
         _remove(replaced)
+        _remove(left)
     finally:
-        _remove(building)
+        bars.close()
+        if not (building / WORK).is_dir():  # what is finished is kept for the next call
+            _remove(building)
     return dataset.model_copy(update={"folder": folder})
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """The progress report of a caller that wants none."""
 
 
 def _remove(folder: Path) -> None:
@@ -124,27 +141,65 @@ def _reusable(folder: Path, inputs: str) -> PreparedDataset | None:
         return None
     try:
         dataset = PreparedDataset.load(folder)
-        same = dataset.inputs_hash == inputs and dataset.dataset_hash == dataset_hash(dataset.items, folder)
+        same = dataset.inputs_hash == inputs and is_intact(dataset)
     except (ValueError, OSError):  # written by another version, or damaged: made again
         return None
     return dataset if same else None
 
 
-def _build(
-    settings: PrepareSettings, place: Workplace, report: Progress
-) -> tuple[tuple[PreparedItem, ...], tuple[Reject, ...]]:
+def _place(settings: PrepareSettings, stride: int, folder: Path, earlier: tuple[Path, ...]) -> Place:
+    return Place(
+        folder=folder,
+        earlier=earlier,
+        settings_hash=crops_hash(settings, stride),
+        resolutions=(settings.resolution, *settings.extra_resolutions),
+        stride=stride,
+        ratio=settings.bucket_ratio,
+        small_pictures=settings.small_pictures,
+        upscales_by_model=settings.upscale_model is not None,
+        mask_source=settings.mask_source,
+        mask_background=settings.mask_background,
+        crops_to_mask=settings.crops_to_mask,
+        crop_margin=settings.crop_margin,
+    )
+
+
+def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], report: Progress) -> PreparedDataset:
+    inputs, share = origin
     unpacked_folder = place.folder / "unpacked"
     report("unpack", 0, 1)
-    unpacked = unpack(settings.input_images, unpacked_folder)
-    user = read_captions(unpacked.files)
+    upload = open_dataset(settings, share) if is_dataset(settings) else open_upload(settings, unpacked_folder)
     report("unpack", 1, 1)
-    cropped, unreadable = _crop_all(user.pictures, place, report)
-    _remove(unpacked_folder)
-    rejects = (*unpacked.rejects, *user.rejects, *unreadable)
-    if not cropped:
+    finished, unreadable, reused = _crop_all(upload, settings, place, report)
+    for scratch in (unpacked_folder, place.folder / "whole"):
+        _remove(scratch)
+    rejects = (*upload.rejects, *unreadable)
+    if not finished:
         raise UserError(_nothing_left(settings.input_images, rejects))
-    captions = _captions(cropped, user, settings, place, report)
-    return tuple(_item(picture, captions[picture.source]) for picture in cropped), rejects
+    said = Said(settings, place.folder, place.earlier)
+    crops = {picture.name: place.folder / picture.cropped.crops[0].image for picture in finished}
+    captions = caption_all(crops, upload.captions, settings, said, report)
+    if reused or said.reused:
+        print(f"used again from an earlier run: {reused} pictures, {said.reused} captions", file=sys.stderr)
+    items = tuple(
+        _item(picture, crop, captions[picture.name], upload.repeats.get(picture.name, 1))
+        for picture in finished
+        for crop in picture.cropped.crops
+    )
+    dataset = PreparedDataset(
+        items=items,
+        rejects=rejects,
+        asides=tuple(upload.asides),
+        trigger_word=settings.trigger_word,
+        resolution=settings.resolution,
+        horizontal_flip=settings.horizontal_flip,
+        dataset_hash=dataset_hash(items),
+        inputs_hash=inputs,
+        folder=place.folder,
+    )
+    dataset.save()
+    dataset.write_captions(place.folder / CAPTIONS)
+    return dataset
 
 
 def _nothing_left(source: Path, rejects: tuple[Reject, ...]) -> str:
@@ -156,85 +211,112 @@ def _nothing_left(source: Path, rejects: tuple[Reject, ...]) -> str:
 
 
 def _crop_all(
-    pictures: tuple[SourceFile, ...], place: Workplace, report: Progress
-) -> tuple[list[Cropped], list[Reject]]:
-    for name in ("images", "masks") if place.masks else ("images",):
-        (place.folder / name).mkdir()
-    cropped: list[Cropped] = []
+    upload: Upload, settings: PrepareSettings, place: Place, report: Progress
+) -> tuple[list[Finished], list[Reject], int]:
+    """Every picture as cropped or rejected, and how many of them were found finished."""
+    tasks: Iterable = upload.tasks
+    if place.mask_source == "text":
+        from preprocessing.text_masks import with_text_masks
+
+        tasks = with_text_masks(tasks, place, settings)
+    work = Work(partial(crop_one, place=place), given_up)
+    finished: list[Finished] = []
     rejects: list[Reject] = []
-    # Closing the results drops what is still queued, so that an interrupt need not wait for every picture.
-    with (
-        ThreadPoolExecutor(DECODERS) as pool,
-        closing(pool.map(lambda numbered: _crop(*numbered, place), enumerate(pictures))) as results,
-    ):
-        for done, result in enumerate(results, 1):
-            if isinstance(result, Reject):
-                rejects.append(result)
+    small: list[Done] = []
+    reused = 0
+    with closing(run_all(work, tasks, processes(settings.workers, upload.count))) as results:
+        for number, done in enumerate(results, 1):
+            if isinstance(done.result, Reject):
+                rejects.append(done.result)
             else:
-                cropped.append(result)
-            report("pictures", done, len(pictures))
-    return cropped, rejects
+                finished.append(Finished(done.name, done.result))
+                reused += done.reused
+                if not done.reused and any(pending_path(crop, place).exists() for crop in done.result.crops):
+                    small.append(done)
+            report("pictures", number, upload.count or 0)
+    if small:
+        enlarged = _enlarged(small, settings, place, report)
+        finished = [Finished(one.name, enlarged.get(one.name, one.cropped)) for one in finished]
+    return finished, rejects, reused
 
 
-def _crop(number: int, file: SourceFile, place: Workplace) -> Cropped | Reject:
-    try:
-        picture = decode(file.path)
-    except UnreadablePicture as error:
-        return Reject(source=file.name, reason=str(error))
-    geometry = fit(picture.rgb.size, nearest(picture.rgb.size, place.sizes))
-    image, mask = f"images/{number:06d}.png", None
-    geometry.apply(picture.rgb).save(place.folder / image, compress_level=PNG_LEVEL)
-    if place.masks and picture.alpha is not None:
-        mask = f"masks/{number:06d}.png"
-        # Not Lanczos: its ringing would make a faint mask where there is none.
-        smooth = geometry.apply(picture.alpha, Image.Resampling.BILINEAR)
-        smooth.save(place.folder / mask, compress_level=PNG_LEVEL)
-    return Cropped(file.name, geometry, image, mask)
+def _enlarged(small: list[Done], settings: PrepareSettings, place: Place, report: Progress) -> dict[str, Cropped]:
+    """The small pictures, by name, after the model has enlarged them."""
+    from preprocessing.upscaling import loaded_upscaler
+
+    finished: dict[str, Cropped] = {}
+    by_key: dict[str, Cropped] = {}
+    with loaded_upscaler(settings.upscale_model) as upscaler:
+        for number, done in enumerate(small, 1):
+            if done.key in by_key:  # the same picture twice
+                finished[done.name] = by_key[done.key]
+                continue
+            crops = []
+            for crop in done.result.crops:
+                path = pending_path(crop, place)
+                if path.exists():
+                    with Image.open(path) as image:
+                        save(upscaler.enlarge(image.convert("RGB"), crop.size), place.folder / crop.image)
+                    path.unlink()
+                    crop = crop.model_copy(update={"digest": digest_of(place.folder, crop.image, crop.mask)})
+                crops.append(crop)
+            finished[done.name] = done.result.model_copy(update={"crops": tuple(crops)})
+            by_key[done.key] = finished[done.name]
+            finish(finished[done.name], done.key, place)
+            report("enlarge", number, len(small))
+    return finished
 
 
-def _captions(
-    cropped: list[Cropped], user: UserCaptions, settings: PrepareSettings, place: Workplace, report: Progress
-) -> dict[str, Caption]:
-    """Everyone's caption, by the picture's name in the upload."""
-    trigger = settings.trigger_word
-    own = {name: Caption(with_trigger(said.text, trigger), said.text, "user") for name, said in user.captions.items()}
-    return own | _write([picture for picture in cropped if picture.source not in own], settings, place, report)
-
-
-def _write(
-    pictures: list[Cropped], settings: PrepareSettings, place: Workplace, report: Progress
-) -> dict[str, Caption]:
-    """Captions by the captioner, which is loaded only if there is need of it, from the pictures as they are trained."""
-    captions: dict[str, Caption] = {}
-    if not pictures:
-        return captions
-    name, trigger = settings.captioner, settings.trigger_word
-    with loaded_captioner(name) as captioner:
-        for start in range(0, len(pictures), captioner.batch_size):
-            batch = pictures[start : start + captioner.batch_size]
-            lines = captioner.caption([_load(place.folder / picture.image) for picture in batch])
-            for picture, line in zip(batch, lines, strict=True):
-                trained = with_trigger(in_place_of(captioner.subject, line, trigger), trigger)
-                captions[picture.source] = Caption(trained, line or None, name)
-            report("captions", len(captions), len(pictures))
-    return captions
-
-
-def _load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _item(picture: Cropped, caption: Caption) -> PreparedItem:
+def _item(picture: Finished, crop: Crop, caption: Caption, repeats: int) -> PreparedItem:
+    cropped = picture.cropped
     return PreparedItem(
-        image=picture.image,
-        mask=picture.mask,
+        image=crop.image,
+        mask=crop.mask,
         caption=caption.trained,
         original_caption=caption.original,
         caption_source=caption.source,
-        source=picture.source,
-        original_size=picture.fit.original,
-        resized_size=picture.fit.resized,
-        crop=picture.fit.crop,
-        size=picture.fit.size,
+        caption_changes=caption.changes,
+        source=picture.name,
+        original_size=cropped.original_size,
+        resized_size=crop.resized_size,
+        crop=crop.crop,
+        size=crop.size,
+        repeats=repeats,
+        notes=cropped.notes,
+        perceptual_hash=cropped.perceptual_hash,
+        blur=cropped.blur,
+        digest=crop.digest,
     )
+
+
+def merge(parts: Sequence[PreparedDataset], folder: Path) -> PreparedDataset:
+    """The parts, each in a subfolder of `folder`, as one data set there: the shares of several nodes."""
+    items = tuple(
+        item.model_copy(
+            update={
+                "source": f"{part.folder.name}/{item.source}",
+                "image": f"{part.folder.name}/{item.image}",
+                "mask": f"{part.folder.name}/{item.mask}" if item.mask else None,
+            }
+        )
+        for part in parts
+        for item in part.items
+    )
+    told = [
+        one.model_copy(update={"source": f"{part.folder.name}/{one.source}"})
+        for part in parts
+        for one in (*part.rejects, *part.asides)
+    ]
+    merged = parts[0].model_copy(
+        update={
+            "items": items,
+            "rejects": tuple(one for one in told if isinstance(one, Reject)),
+            "asides": tuple(one for one in told if isinstance(one, Aside)),
+            "dataset_hash": dataset_hash(items),
+            "inputs_hash": hashlib.sha256("".join(part.inputs_hash for part in parts).encode()).hexdigest(),
+            "folder": folder,
+        }
+    )
+    merged.save()
+    merged.write_captions(folder / CAPTIONS)
+    return merged

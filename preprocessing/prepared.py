@@ -1,8 +1,10 @@
 """The PreparedDataset: the folder between preprocessing and training, and the only thing that training reads.
 
 <folder>/manifest.json      what the classes below hold
-<folder>/images/000000.png  RGB, exactly the size of its bucket
-<folder>/masks/000000.png   "L", the same size; only where there is a mask
+<folder>/captions.jsonl     every caption as it is trained and as it was said; an upload may bring it back
+<folder>/images/*.png       RGB, exactly the size of its bucket
+<folder>/masks/*.png        "L", the same size; only where there is a mask
+<folder>/work/              what lets the next run use finished work again
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 MANIFEST = "manifest.json"
+CAPTIONS = "captions.jsonl"
 
 
 class PreparedItem(BaseModel):
@@ -25,11 +28,17 @@ class PreparedItem(BaseModel):
     caption: str  # what is trained, the trigger in it
     original_caption: str | None = None  # as the user or the captioner wrote it
     caption_source: str  # "user", "none" or the captioner's name
+    caption_changes: tuple[str, ...] = ()  # what was done to the original
     source: str  # name in the archive
     original_size: tuple[int, int]  # after EXIF orientation
     resized_size: tuple[int, int]  # before the crop
     crop: tuple[int, int]
     size: tuple[int, int]  # the bucket's
+    repeats: int = 1  # how often it counts
+    notes: tuple[str, ...] = ()  # what was done to the picture
+    perceptual_hash: str = ""  # 16 hexadecimal digits; near-duplicates differ by a few bits
+    blur: float | None = None  # 0 sharp, 1 without detail
+    digest: str = ""  # SHA-256 of pixels and mask
 
 
 class Reject(BaseModel):
@@ -41,6 +50,15 @@ class Reject(BaseModel):
     reason: str
 
 
+class Aside(BaseModel):
+    """A file of the archive that is no picture, and what it is used for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    use: str
+
+
 class PreparedDataset(BaseModel):
     """What was prepared; `folder` is where it lies and is not written down."""
 
@@ -48,10 +66,11 @@ class PreparedDataset(BaseModel):
 
     items: tuple[PreparedItem, ...]
     rejects: tuple[Reject, ...] = ()
+    asides: tuple[Aside, ...] = ()  # captions, masks, and files of the system that are passed over
     trigger_word: str
     resolution: int
     horizontal_flip: bool = False
-    dataset_hash: str  # SHA-256 over pictures, masks and captions, in order
+    dataset_hash: str  # SHA-256 over pictures, masks, captions and repeats, in order
     inputs_hash: str = ""  # SHA-256 over what it was made from: the upload, the settings, the versions
     folder: Path
 
@@ -60,6 +79,21 @@ class PreparedDataset(BaseModel):
         temporary = self.folder / (MANIFEST + ".tmp")
         temporary.write_text(self.model_dump_json(indent=2, exclude={"folder"}), encoding="utf-8")
         temporary.replace(self.folder / MANIFEST)
+
+    def write_captions(self, path: Path) -> None:
+        """Write captions.jsonl: a line a picture with the trained text, the original, who said it and the changes."""
+        rows = {
+            item.source: {
+                "file_name": item.source,
+                "text": item.caption,
+                "original": item.original_caption,
+                "by": item.caption_source,
+                "changes": item.caption_changes,
+            }
+            for item in self.items
+        }
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+        path.write_text(lines, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> PreparedDataset:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from preprocessing.modes import WORDINGS
+from preprocessing.settings import Mode, PrepareSettings
+
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:
     """Matches the trigger as a word of its own, spelt exactly so.
@@ -14,26 +17,34 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
-def in_place_of(subject: str, caption: str, trigger: str) -> str:
-    """A captioner's caption with the trigger where it calls the subject by the word `subject`, the first time.
-
-    >>> in_place_of("sticker", "a big sticker on a table", "TOK")
-    'a big TOK on a table'
-    >>> in_place_of("sticker", "a sticker on a table", "TOK")
-    'TOK on a table'
-    """
-    if not subject:
-        return caption
-    return re.sub(rf"\b(?:an? )?{re.escape(subject)}\b", lambda _: trigger, caption, count=1, flags=re.IGNORECASE)
-
-
-def with_trigger(caption: str, trigger: str) -> str:
-    """The caption, stripped, with the trigger before it unless it holds it; an empty one is the trigger alone.
+def with_trigger(caption: str, trigger: str, mode: Mode = "subject") -> str:
+    """The caption, stripped, with the trigger where the mode puts it unless it holds it already.
 
     >>> with_trigger("stoking the fire", "TOK")
     'TOK, stoking the fire'
+    >>> with_trigger("a lake.", "TOK", "style")
+    'a lake, in the style of TOK'
     """
     caption = caption.strip()
     if trigger_pattern(trigger).search(caption):
         return caption
-    return f"{trigger}, {caption}" if caption else trigger
+    wording = WORDINGS[mode]
+    if not caption:
+        return wording.alone.format(trigger=trigger)
+    # A full stop in the middle would end the sentence that goes on.
+    goes_on = wording.with_caption.startswith("{caption}")
+    caption = caption.rstrip(".,;: ") or caption if goes_on else caption
+    return wording.with_caption.format(trigger=trigger, caption=caption)
+
+
+def dressed(caption: str, settings: PrepareSettings) -> str:
+    """The caption with prefix, suffix and trigger, each unless it is there; so doing it twice changes nothing."""
+    caption, prefix, suffix = caption.strip(), settings.caption_prefix, settings.caption_suffix
+    has = trigger_pattern(settings.trigger_word).search
+    if caption.startswith(prefix) and caption.endswith(suffix) and has(caption):
+        return caption
+    core = caption.removeprefix(prefix).removesuffix(suffix).strip()
+    if not has(f"{prefix} {core} {suffix}"):
+        core = with_trigger(core, settings.trigger_word, settings.mode)
+    joint = "" if suffix[:1] in tuple(",.;:!?") else " "
+    return f"{f'{prefix} {core}'.strip()}{joint}{suffix}".strip()

@@ -25,6 +25,7 @@ class Cache:
     samples: list[Sample]
     mirrored: list[Sample]
     text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
+    repeats: tuple[int, ...] | None = None  # how often each picture counts; None: all once
 
     def buckets(self) -> list[tuple[int, ...]]:
         """The latent shape of each picture."""
@@ -66,7 +67,8 @@ def build(family: Family, dataset: PreparedDataset, text: Sequence[str], progres
     """Encode the data set and the captions in `text`."""
     samples = encode_dataset(family, dataset, False, progress)
     mirrored = encode_dataset(family, dataset, True, progress) if dataset.horizontal_flip else []
-    return Cache(samples, mirrored, encode_captions(family, text))
+    repeats = tuple(item.repeats for item in dataset.items)
+    return Cache(samples, mirrored, encode_captions(family, text), repeats)
 
 
 def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from preprocessing.settings import PrepareSettings
 
@@ -24,7 +24,6 @@ class MethodSettings(PrepareSettings):
         "pivotal", description="pivotal: token embeddings and LoRA together."
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
-    class_word: str = Field("", description="What the subject is, in one word; starts the tokens and is kept as it is.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
     lora_rank: int | None = Field(None, ge=1, le=1024, description="Rank of the LoRA matrices.")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; None: alpha = rank.")
@@ -82,6 +81,9 @@ class RunSettings(PrepareSettings):
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
     checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
     resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")
+    dry_run: bool = Field(
+        False, description="Stop before the training: prepare, measure a few steps, write prepared/report.html."
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
     preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
@@ -89,11 +91,6 @@ class RunSettings(PrepareSettings):
 
 class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
     """All settings of one job."""
-
-    @field_validator("class_word")
-    @classmethod
-    def _one_line(cls, value: str) -> str:
-        return " ".join(value.split())
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSettings:

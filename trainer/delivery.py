@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
-from preprocessing.prepared import PreparedDataset
+from preprocessing.prepared import CAPTIONS, PreparedDataset
 from trainer import artifact, families
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -47,12 +46,7 @@ def save_weights(
         family.export_comfyui(folder / "comfyui" / "adapter.safetensors", tensors, manifest)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
-    rows = [
-        {"file_name": item.source, "text": item.caption, "original": item.original_caption, "by": item.caption_source}
-        for item in dataset.items
-    ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+    dataset.write_captions(folder / CAPTIONS)
     shutil.copyfile(settings.output_dir / METRICS_FILE, folder / METRICS_FILE)
 
 

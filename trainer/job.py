@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from preprocessing.errors import UserError
-from preprocessing.prepare import prepare
+from preprocessing.findings import Findings, examine
+from preprocessing.preflight import write_preflight
+from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
+from preprocessing.sources import is_dataset
 from preprocessing.trigger import trigger_pattern
-from trainer import artifact, cache, delivery, families, methods
+from trainer import artifact, cache, delivery, families, methods, preflight
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
@@ -49,6 +52,14 @@ class JobResult:
     output_dir: Path
     samples: tuple[Path, ...]
     stage_seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Where the pre-flight report lies, and what is in it."""
+
+    report: Path
+    findings: Findings
 
 
 @dataclass
@@ -76,6 +87,17 @@ class Stages:
         return told
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What training needs: the data set, and the family and method, neither attached to the other yet."""
+
+    accelerator: Accelerator
+    dataset: PreparedDataset
+    family: Family
+    method: Method
+    stages: Stages
+
+
 def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
     """Run a job; on all processes but the first the result is None.
 
@@ -83,8 +105,45 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     steps that there will be. Raises UserError for what the user can mend; what was finished
     before stays in `output_dir`.
     """
+    if settings.dry_run:
+        raise UserError("dry_run trains nothing and has no weights to give: it is for `python train.py`.")
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
+    with loaded(settings, stages) as parts:
+        dataset, weights = parts.dataset, fit(parts, settings)
+    del parts
+    if weights is None:
+        return None
+    with weights:
+        return finish(Path(weights.name), dataset, stages, settings)
+
+
+def dry_run(settings: JobSettings) -> DryRun | None:
+    """Stop before the training: prepare, measure a few steps at the largest size, and report what was found.
+
+    On all processes but the first the result is None. Raises UserError as `train` does.
+    """
+    settings = fill(settings)
+    stages = Stages(lambda stage, done, total: None, lambda row, total: None)
+    with loaded(settings.model_copy(update={"report_to": "none"}), stages) as parts:
+        largest = preflight.of_largest_size(parts.dataset, settings)
+        with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
+            few = preflight.few_steps(settings, Path(scratch))
+            watch = preflight.Watch(parts.accelerator.device)
+            stages.on_step = watch.on_step
+            plan, findings = planned(replace(parts, dataset=largest), few, parts.dataset)
+            with training_attention(parts.accelerator.device):
+                Loop(parts.accelerator, plan).run(few.output_dir)
+        if not parts.accelerator.is_main_process:
+            return None
+        estimate = watch.estimate((parts.dataset, largest), stages.seconds, settings)
+        findings = findings.model_copy(update={"estimate": estimate})
+        return DryRun(write_preflight(parts.dataset, findings), findings)
+
+
+@contextmanager
+def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
+    """The data set prepared and the base model loaded; at the end the model is as it was."""
     accelerator = make_accelerator(settings)
     set_seed(settings.seed % 2**32)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -99,22 +158,17 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
             )
             family.to(accelerator.device)
         try:
-            weights = fit(family, method, dataset, accelerator, stages, settings)
+            yield Loaded(accelerator, dataset, family, method, stages)
         finally:
             method.detach(family)
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=False)  # the next job may choose another precision
-    if weights is None:
-        return None
-    del family
-    with weights:
-        return finish(Path(weights.name), dataset, stages, settings)
 
 
 def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
-    if not settings.input_images.exists():
+    if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     source = settings.base_model
     suits = families.recommended(source, settings.method)
@@ -154,10 +208,18 @@ def _unused_parameters_happen() -> Any:
 
 
 def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress) -> PreparedDataset:
-    """The data set, made by the first process and read by all."""
+    """The data set, read by all processes: made by the first one, or, where it is streamed, by each its share."""
     folder = settings.output_dir / "prepared"
-    if accelerator.is_main_process:
-        stride = families.family_class(settings.base_model).geometry(settings.base_model).stride
+    stride = families.family_class(settings.base_model).geometry(settings.base_model).stride
+    count = accelerator.num_processes
+    parts = [folder / f"part_{rank:03d}" for rank in range(count)]
+    if count > 1 and is_dataset(settings):
+        rank = accelerator.process_index
+        prepare(settings, stride, parts[rank], progress, (rank, count))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            merge([PreparedDataset.load(part) for part in parts], folder)
+    elif accelerator.is_main_process:
         prepare(settings, stride, folder, progress)
     accelerator.wait_for_everyone()
     return PreparedDataset.load(folder)
@@ -174,50 +236,56 @@ def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDa
     return tuple(dict.fromkeys(caption for caption in plain if caption))
 
 
-def fit(
-    family: Family,
-    method: Method,
-    dataset: PreparedDataset,
-    accelerator: Accelerator,
-    stages: Stages,
-    settings: JobSettings,
-) -> tempfile.TemporaryDirectory | None:
-    """Encode, train and save the weights into a temporary folder (first process only)."""
+def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tuple[Plan, Findings]:
+    """Encode the data set, attach the method, and say what the loop is to run, and what was found in the `whole` data
+    set, of which the one to encode is a part. The pre-flight report is written beside it.
+    """
+    family, method, dataset, accelerator = parts.family, parts.method, parts.dataset, parts.accelerator
     preserved = preserved_prompts(settings, method, dataset)
-    with stages.stage("cache"):
+    with parts.stages.stage("cache"):
         # before the method attaches: what is cached of the text is the base model's
         captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
-        cached = cache.build(family, dataset, [*captions, *preserved], stages.progress)
+        cached = cache.build(family, dataset, [*captions, *preserved], parts.stages.progress)
         family.free(VAE)
         groups = method.attach(family)
-        if not method.needs_text_grad:
-            family.free(TEXT)
-        if settings.gradient_checkpointing:
-            family.enable_gradient_checkpointing()
+    findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
+    if accelerator.is_main_process:
+        write_preflight(whole, findings)
+    if not method.needs_text_grad:
+        family.free(TEXT)
+    if settings.gradient_checkpointing:
+        family.enable_gradient_checkpointing()
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
     }
-    checkpoints = Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit)
-    if accelerator.is_main_process and not settings.resume:
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # of an earlier job: never mixed with this one's
-    accelerator.wait_for_everyone()
     plan = Plan(
         module=TrainStep(family, method, cached, settings),
         batches=BatchMaker(cached, settings, accelerator.device, preserved),
         groups=groups,
         method=method,
         settings=settings,
-        checkpoints=checkpoints,
-        on_step=stages.on_step_of(settings.max_train_steps),
+        checkpoints=Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit),
+        on_step=parts.stages.on_step_of(settings.max_train_steps),
     )
+    return plan, findings
+
+
+def fit(parts: Loaded, settings: JobSettings) -> tempfile.TemporaryDirectory | None:
+    """Encode, train and save the weights into a temporary folder (first process only)."""
+    accelerator, stages = parts.accelerator, parts.stages
+    plan, _ = planned(parts, settings, parts.dataset)
+    if accelerator.is_main_process and not settings.resume:
+        # of an earlier job: never mixed with this one's
+        shutil.rmtree(plan.checkpoints.folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
     with stages.stage("train"), training_attention(accelerator.device):
         step = Loop(accelerator, plan).run(settings.output_dir)
     if not accelerator.is_main_process:
         return None
     with stages.stage("save"):
         weights = tempfile.TemporaryDirectory(prefix="weights-")
-        delivery.save_weights(Path(weights.name), family, method, dataset, (settings, step))
+        delivery.save_weights(Path(weights.name), parts.family, parts.method, parts.dataset, (settings, step))
     return weights
 
 

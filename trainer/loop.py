@@ -63,7 +63,8 @@ class Loop:
         """Train to max_train_steps; returns the last step. Writes metrics and checkpoints."""
         settings = self.settings
         self.module.train()
-        steps = sampler.steps(self.plan.batches.cache.buckets(), self.pictures_per_step, settings.seed)
+        cache = self.plan.batches.cache
+        steps = sampler.steps(cache.buckets(), self.pictures_per_step, settings.seed, cache.repeats)
         metrics = Metrics(folder / METRICS_FILE, self.accelerator, settings.max_train_steps, self.step)
         every = settings.checkpoint_every or max(1, math.ceil(settings.max_train_steps / 4))
         try:

@@ -5,25 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from preprocessing.settings import Mode
 from trainer import families
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 from trainer.report import Preview
 
-DEFAULT_PROMPTS = (
-    "a photo of {trigger}",
-    "{trigger} on a beach at sunset",
-    "a painting of {trigger}",
-    "a photo of a dog",
-)
+DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
+    "subject": (
+        "a photo of {trigger}",
+        "{trigger} on a beach at sunset",
+        "a painting of {trigger}",
+        "a photo of a dog",
+    ),
+    "face": (
+        "a photo of {trigger}, looking into the camera",
+        "a photo of {trigger} in a raincoat, in a city at night",
+        "an oil painting of {trigger}",
+        "a photo of an old man reading a newspaper",
+    ),
+    "style": (
+        "a lighthouse on a cliff, in the style of {trigger}",
+        "a bowl of fruit, in the style of {trigger}",
+        "a woman with a dog, in the style of {trigger}",
+        "a photo of a lighthouse on a cliff",
+    ),
+}
 
 
 def prompts_of(settings: JobSettings) -> list[str]:
     """The previews' prompts, with {trigger} filled in; the last default one shows what happens to other subjects."""
     chosen = settings.preview_prompts
     if chosen is None:
-        chosen = families.recommended(settings.base_model, "draw").get("preview_prompts", DEFAULT_PROMPTS)
+        usual = DEFAULT_PROMPTS[settings.mode]
+        # A base model's own prompts are about a subject.
+        own = families.recommended(settings.base_model, "draw") if settings.mode == "subject" else {}
+        chosen = own.get("preview_prompts", usual)
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 

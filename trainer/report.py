@@ -6,7 +6,6 @@ forbids everything else, so that no caption or file name in it can fetch or run 
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -15,9 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
-
+from preprocessing.page import Shown, address, duration, environment, shown
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from trainer.artifact import Manifest, written_whole
 from trainer.config import JobSettings
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.jinja"
 PREVIEW_SIDE, THUMBNAIL_SIDE = 768, 192  # pixels; larger pictures are made smaller for the page
-LOSSLESS_SIDE = 256  # pictures up to this side are kept as PNG
 MOST_THUMBNAILS = 300  # keeps the page of a large data set at some 5 MB
 MOST_POINTS = 2000  # of a curve
 # Mid tones, so that the one picture of the curve reads on a light page and on a dark one.
@@ -55,47 +51,25 @@ class ReportData:
     stage_seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A picture in the page; width and height are those of the file, in pixels."""
-
-    address: str
-    width: int
-    height: int
-
-
 def write_report(path: Path, data: ReportData) -> None:
     """Write the report to `path`, whole. Raises FileNotFoundError for a picture that is not there."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = duration
-    page = environment.get_template(TEMPLATE).render(
-        manifest=data.manifest,
-        dataset=data.dataset,
-        facts=_facts(data),
-        previews=_by_prompt(data.previews),
-        curve=_curve(data.metrics),
-        stages=data.stage_seconds,
-        thumbnails=[(item, *_thumbnail(data.dataset, item)) for item in data.dataset.items[:MOST_THUMBNAILS]],
-        settings=_settings(data.manifest),
+    page = (
+        environment(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            manifest=data.manifest,
+            dataset=data.dataset,
+            facts=_facts(data),
+            previews=_by_prompt(data.previews),
+            curve=_curve(data.metrics),
+            stages=data.stage_seconds,
+            thumbnails=[(item, *_thumbnail(data.dataset, item)) for item in data.dataset.items[:MOST_THUMBNAILS]],
+            settings=_settings(data.manifest),
+        )
     )
     with written_whole(path) as temporary:
         # A file name of an archive may hold bytes that are no text.
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-
-
-def duration(seconds: float) -> str:
-    """A time for people: "0.42 s", "12.3 s", "2 min 5 s", "1 h 3 min"."""
-    if seconds < 59.95:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _facts(data: ReportData) -> list[tuple[str, str]]:
@@ -113,16 +87,16 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     return facts
 
 
-def _by_prompt(previews: list[Preview]) -> dict[str, list[tuple[int, _Picture | None, _Picture]]]:
+def _by_prompt(previews: list[Preview]) -> dict[str, list[tuple[int, Shown | None, Shown]]]:
     """Per prompt the seed, the base model's picture and the adapted one, all in the given order."""
-    grouped: dict[str, list[tuple[int, _Picture | None, _Picture]]] = {}
+    grouped: dict[str, list[tuple[int, Shown | None, Shown]]] = {}
     for one in previews:
-        base = _picture(one.base, PREVIEW_SIDE) if one.base else None
-        grouped.setdefault(one.prompt, []).append((one.seed, base, _picture(one.adapted, PREVIEW_SIDE)))
+        base = shown(one.base, PREVIEW_SIDE) if one.base else None
+        grouped.setdefault(one.prompt, []).append((one.seed, base, shown(one.adapted, PREVIEW_SIDE)))
     return grouped
 
 
-def _thumbnail(dataset: PreparedDataset, item: PreparedItem) -> tuple[_Picture, str]:
+def _thumbnail(dataset: PreparedDataset, item: PreparedItem) -> tuple[Shown, str]:
     """The picture as it was trained on, and what was done to the original."""
     steps = ["{}×{}".format(*item.original_size)]
     if item.resized_size != item.original_size:
@@ -131,22 +105,7 @@ def _thumbnail(dataset: PreparedDataset, item: PreparedItem) -> tuple[_Picture, 
         steps.append("cut to {}×{} at ({}, {})".format(*item.size, *item.crop))
     if item.mask:
         steps.append("masked")
-    return _picture(dataset.folder / item.image, THUMBNAIL_SIDE), ", ".join(steps)
-
-
-def _picture(path: Path, side: int) -> _Picture:
-    with Image.open(path) as opened:
-        width, height = opened.size
-        picture = opened.convert("RGB")
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    kind, options = ("png", {"optimize": True}) if max(picture.size) <= LOSSLESS_SIDE else ("jpeg", {"quality": 88})
-    encoded = io.BytesIO()
-    picture.save(encoded, kind, **options)
-    return _Picture(_address(f"image/{kind}", encoded.getvalue()), width, height)
-
-
-def _address(media_type: str, content: bytes) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return shown(dataset.folder / item.image, THUMBNAIL_SIDE), ", ".join(steps)
 
 
 def _settings(manifest: Manifest) -> list[tuple[str, str, str]]:
@@ -190,7 +149,7 @@ def _curve(metrics: list[dict[str, Any]]) -> str | None:
             axis.legend(frameon=False, fontsize="small")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _address("image/svg+xml", drawn.getvalue())
+    return address("image/svg+xml", drawn.getvalue())
 
 
 def _draw_loss(axis: Axes, loss: list[tuple[float, float]]) -> None:

@@ -10,17 +10,20 @@ import torch
 from trainer.draws import generator
 
 
-def steps(buckets: Sequence[Hashable], count: int, seed: int) -> Iterator[list[int]]:
+def steps(
+    buckets: Sequence[Hashable], count: int, seed: int, repeats: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Endless optimiser steps: `count` indices each, all of one bucket, `buckets[i]` being the bucket of picture i.
 
     A bucket comes as often as its share of the pictures asks for (largest remainder first), and inside it every
-    picture comes once before any comes twice; so each picture is seen equally often, however small its bucket.
+    picture comes once before any comes twice; so each picture is seen equally often, however small its bucket. Picture
+    i counts as `repeats[i]` pictures.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):
-        members[bucket].append(index)
+        members[bucket] += [index] * (repeats[index] if repeats else 1)
     streams = [_shuffled(indices, seed, number) for number, indices in enumerate(members.values())]
-    shares = [len(indices) / len(buckets) for indices in members.values()]
+    shares = [len(indices) / sum(map(len, members.values())) for indices in members.values()]
     # a random start, so that the first step is not always of the largest bucket
     credit = torch.rand(len(shares), generator=generator(seed, "buckets"), dtype=torch.float64).tolist()
     while True:

@@ -1,19 +1,23 @@
 """Two data sets have one hash when they are the same, and only then."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.fingerprint import dataset_hash, inputs_hash
+from preprocessing.crop import digest_of
+from preprocessing.fingerprint import crops_hash, dataset_hash, inputs_hash
 from preprocessing.prepared import PreparedItem
 from preprocessing.settings import PrepareSettings
 
 
-def item(image: str, caption: str = "TOK", mask: str | None = None) -> PreparedItem:
+def item(folder: Path, image: str, caption: str = "TOK", mask: str | None = None, repeats: int = 1) -> PreparedItem:
     size = (8, 8)
     return PreparedItem(
+        digest=digest_of(folder, image, mask),
+        repeats=repeats,
         image=image,
         mask=mask,
         caption=caption,
@@ -33,27 +37,28 @@ def test_pixels_masks_captions_and_order_all_count(tmp_path):
     Image.open(tmp_path / "2.png").convert("L").save(tmp_path / "mask.png")
     datasets = [
         [],
-        [item("0.png")],
-        [item("1.png")],
-        [item("0.png"), item("1.png")],
-        [item("1.png"), item("0.png")],
-        [item("0.png", "TOK, a toy")],
-        [item("0.png", "TOK, a to"), item("1.png", "y")],
-        [item("0.png", "TOK, a t"), item("1.png", "oy")],
-        [item("0.png", mask="mask.png")],
-        [item("0.png", mask="2.png")],
+        [item(tmp_path, "0.png")],
+        [item(tmp_path, "1.png")],
+        [item(tmp_path, "0.png"), item(tmp_path, "1.png")],
+        [item(tmp_path, "1.png"), item(tmp_path, "0.png")],
+        [item(tmp_path, "0.png", "TOK, a toy")],
+        [item(tmp_path, "0.png", repeats=2)],
+        [item(tmp_path, "0.png", "TOK, a to"), item(tmp_path, "1.png", "y")],
+        [item(tmp_path, "0.png", "TOK, a t"), item(tmp_path, "1.png", "oy")],
+        [item(tmp_path, "0.png", mask="mask.png")],
+        [item(tmp_path, "0.png", mask="2.png")],
     ]
-    hashes = [dataset_hash(items, tmp_path) for items in datasets]
+    hashes = [dataset_hash(items) for items in datasets]
     assert len(set(hashes)) == len(datasets)
     assert all(len(value) == 64 for value in hashes)
-    assert hashes == [dataset_hash(items, tmp_path) for items in datasets]
+    assert hashes == [dataset_hash(items) for items in datasets]
 
 
 def test_no_caption_can_pose_as_a_picture(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
-    two = [item("black.png"), item("black.png", "TOK, y")]
-    one = [item("black.png", "TOK" + "RGB 8 8 " + "\0" * 192 + "TOK, y")]
-    assert dataset_hash(two, tmp_path) != dataset_hash(one, tmp_path)
+    two = [item(tmp_path, "black.png"), item(tmp_path, "black.png", "TOK, y")]
+    one = [item(tmp_path, "black.png", "TOK" + "RGB 8 8 " + "\0" * 192 + "TOK, y")]
+    assert dataset_hash(two) != dataset_hash(one)
 
 
 def test_how_a_picture_is_packed_does_not_count(tmp_path):
@@ -61,7 +66,7 @@ def test_how_a_picture_is_packed_does_not_count(tmp_path):
     for level in (0, 9):
         Image.fromarray(pixels).save(tmp_path / f"{level}.png", compress_level=level)
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "9.png").read_bytes()
-    assert dataset_hash([item("0.png")], tmp_path) == dataset_hash([item("9.png")], tmp_path)
+    assert dataset_hash([item(tmp_path, "0.png")]) == dataset_hash([item(tmp_path, "9.png")])
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -76,7 +81,11 @@ def test_inputs_settings_and_content_all_count(tmp_path, kind):
         {"trigger_word": "SKS"},
         {"resolution": 128},
         {"captioner": "blip"},
-        {"mask_from_alpha": True},
+        {"mask_from": "alpha"},
+        {"crop": "mask"},
+        {"small_pictures": "upscale"},
+        {"caption_suffix": "on film"},
+        {"class_word": "dog"},
         {"horizontal_flip": True},
     ]
     hashes = [inputs_hash(PrepareSettings(**base | change), 8) for change in changes]
@@ -89,6 +98,33 @@ def test_inputs_settings_and_content_all_count(tmp_path, kind):
         (source / "link.png").symlink_to(content)
         hashes.append(inputs_hash(PrepareSettings(**base), 8))
     assert not any(first == second for first, second in itertools.combinations(hashes, 2))
+
+
+def test_crops_depend_on_what_makes_them_alone():
+    base = PrepareSettings(input_images="x", resolution=64)
+    same = [
+        {"captioner": "none"},
+        {"trigger_word": "SKS"},
+        {"workers": 3},
+        {"class_word": "dog"},
+        {"input_images": "y"},
+    ]
+    other = [
+        {"mask_from": "alpha"},
+        {"mask_from": "text", "mask_prompt": "dog"},
+        {"mask_from": "text", "mask_prompt": "cat"},
+    ]
+    other += [
+        {"crop": "mask"},
+        {"crop_margin": 1.0},
+        {"resolution": 32},
+        {"extra_resolutions": (32,)},
+        {"mode": "face"},
+    ]
+    other += [{"bucket_ratio": 2.0}, {"small_pictures": "refuse"}, {"mask_background": 0.5}, {"upscale_model": "x"}]
+    assert {crops_hash(base.model_copy(update=change), 8) for change in same} == {crops_hash(base, 8)}
+    hashes = [crops_hash(base.model_copy(update=change), 8) for change in other] + [crops_hash(base, 16)]
+    assert len({*hashes, crops_hash(base, 8)}) == len(hashes) + 1
 
 
 def test_where_the_upload_lies_does_not_count(tmp_path):

@@ -4,8 +4,11 @@ import random
 import string
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from preprocessing.trigger import in_place_of, trigger_pattern, with_trigger
+from preprocessing.settings import PrepareSettings
+from preprocessing.trigger import dressed, trigger_pattern, with_trigger
 
 
 @pytest.mark.parametrize(
@@ -58,15 +61,47 @@ def test_the_words_of_any_caption_survive_and_doing_it_twice_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("caption", "expected"),
+    ("mode", "caption", "expected"),
     [
-        ("a big sticker on the left", "a big TOK\\1 on the left"),
-        ("a Sticker and a sticker", "TOK\\1 and a sticker"),
-        ("an odd sticker", "an odd TOK\\1"),
-        ("two stickers", "two stickers"),
-        ("a red star", "a red star"),
+        ("subject", "a lake.", "TOK, a lake."),
+        ("face", "smiling", "a photo of TOK, smiling"),
+        ("face", "", "a photo of TOK"),
+        ("style", "a lake.", "a lake, in the style of TOK"),
+        ("style", "...", "..., in the style of TOK"),
+        ("style", "", "in the style of TOK"),
+        ("style", "TOK drawing", "TOK drawing"),
     ],
 )
-def test_a_captioners_word_for_the_subject_becomes_the_trigger_once(caption, expected):
-    assert in_place_of("sticker", caption, "TOK\\1") == expected
-    assert in_place_of("", caption, "TOK") == caption
+def test_each_mode_puts_the_trigger_where_prompts_will(mode, caption, expected):
+    assert with_trigger(caption, "TOK", mode) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "prefix", "suffix", "expected"),
+    [
+        ("a cat", "a photo of", "", "a photo of TOK, a cat"),
+        ("a cat", "a photo of TOK,", "", "a photo of TOK, a cat"),
+        ("TOK and a cat", "", ", film grain", "TOK and a cat, film grain"),
+        ("TOK and a cat", "", "on film", "TOK and a cat on film"),
+        ("a cat, film grain", "", ", film grain", "TOK, a cat, film grain"),
+        ("photo of TOK", "photo", "", "photo of TOK"),
+        ("", "photo of", "on film", "photo of TOK on film"),
+    ],
+)
+def test_prefix_and_suffix_are_added_where_they_are_missing(caption, prefix, suffix, expected):
+    settings = PrepareSettings(input_images="x", caption_prefix=prefix, caption_suffix=suffix)
+    assert dressed(caption, settings) == expected
+
+
+WORDS = st.text(st.sampled_from("TOK a,.:-\n"), max_size=12)
+
+
+@given(WORDS, WORDS, WORDS, st.sampled_from(("subject", "face", "style")), st.sampled_from(("TOK", "<s0>", "a", "C++")))
+def test_a_caption_that_was_delivered_is_taken_back_unchanged(caption, prefix, suffix, mode, trigger):
+    settings = PrepareSettings(
+        input_images="x", caption_prefix=prefix, caption_suffix=suffix, mode=mode, trigger_word=trigger
+    )
+    once = dressed(caption, settings)
+    assert dressed(once, settings) == once
+    assert trigger_pattern(trigger).search(once)
+    assert once.startswith(settings.caption_prefix) and once.endswith(settings.caption_suffix)

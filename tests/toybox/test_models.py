@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from preprocessing.captioner import loaded_captioner
+from preprocessing.captioners import loaded_captioner
+from preprocessing.settings import PrepareSettings
 from toybox.calibration import through_vae
 from toybox.captions import POSITION_WORDINGS, caption
 from toybox.concept import picture_of, plan
@@ -82,8 +83,10 @@ def test_sprites_that_the_vae_never_saw_survive_it():
 def test_the_captioner_tells_what_is_in_a_picture():
     rng = random.Random(4)
     scenes = [random_scene(rng) for _ in range(64)]
-    with loaded_captioner("toybox") as captioner:
-        pairs = list(zip(scenes, captioner.caption([render(scene) for scene in scenes]), strict=True))
+    settings = PrepareSettings(input_images=Path("unused.zip"), captioner="toybox")
+    with loaded_captioner(settings) as captioner:
+        texts = captioner.caption([render(scene) for scene in scenes], on_progress=lambda _: None)
+    pairs = list(zip(scenes, texts, strict=True))
     shaped = [(scene, text) for scene, text in pairs if scene.shape != DRAWING]
     right = {
         "background": [f"{scene.background.colour} background" in text for scene, text in pairs],

@@ -72,7 +72,7 @@ def test_an_input_at_its_default_does_not_override() -> None:
         ("data:,%ff%fe%00", "config"),
         ("a: " + "x" * 2**20, "larger than 1 MiB"),
         ("use_dora: true\nmethod: full", "use_dora goes with"),
-        ("mode: style", "mode is no setting"),
+        ("styl: bold", "styl is no setting"),
         ("output_dir: /etc/mine", "not inside outputs"),
         ("output_dir: outputs/../../mine", "not inside outputs"),
         ("output_dir: outputs", "not inside outputs"),

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageChops
 
+from preprocessing.page import duration
 from preprocessing.prepared import PreparedDataset, PreparedItem, Reject
 from trainer import report
 from trainer.artifact import Manifest
@@ -309,4 +310,4 @@ def test_the_same_job_gives_the_same_page(tmp_path):
     ],
 )
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text

@@ -71,3 +71,13 @@ def test_the_order_is_the_seeds_alone():
 def test_a_small_step_takes_the_order_up_where_a_large_one_would():
     large, small = first(["one"] * 6, 4, 0, 6), first(["one"] * 6, 2, 0, 12)
     assert [i for indices in large for i in indices] == [i for indices in small for i in indices]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_picture_that_counts_several_times_is_seen_so_much_more_often(count):
+    repeats = [3, 1, 1, 1, 2, 1, 1, 1]
+    number = 60 * sum(repeats)
+    seen = Counter(i for indices in islice(steps(THREE, count, 0, repeats), number) for i in indices)
+    for i, times in enumerate(repeats):
+        assert seen[i] == pytest.approx(count * number * times / sum(repeats), rel=0.05)
+    assert first(THREE, 4, 0, 20) == list(islice(steps(THREE, 4, 0, [1] * len(THREE)), 20))

@@ -1,0 +1,96 @@
+"""What the pre-flight report needs of the base model: how captions are read, and what a few real steps cost."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from preprocessing.findings import Estimate, Read, Reader
+from preprocessing.prepared import PreparedDataset
+from trainer.config import JobSettings
+from trainer.families.base import Family, TextTower
+from trainer.methods.base import Method
+
+STEPS, WARM_UP = 6, 3  # of these the first are not counted: allocations, kernels
+MIB = 2**20
+
+
+def reader_of(family: Family, method: Method, trigger: str) -> Reader:
+    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens."""
+
+    def read(caption: str) -> Read:
+        words, wanted = method.words([caption, trigger])
+        reads = [_read(tower, words, wanted) for tower in family.text]
+        return max(reads, key=lambda one: (not one.trigger_kept, one.tokens - one.limit))
+
+    return read
+
+
+def _read(tower: TextTower, words: str, trigger: str) -> Read:
+    tokenizer = tower.tokenizer
+    limit = tokenizer.model_max_length
+    encoded = tokenizer(words, return_offsets_mapping=True, verbose=False)
+    ids, cut = encoded.input_ids, ""
+    if len(ids) > limit:
+        # The last place that is read is the end token's.
+        cut = words[encoded.offset_mapping[limit - 1][0] :]
+        ids = ids[: limit - 1]
+    needed = set(tokenizer(trigger, add_special_tokens=False).input_ids)
+    return Read(len(encoded.input_ids), limit, cut.strip(), needed <= set(ids))
+
+
+def of_largest_size(dataset: PreparedDataset, settings: JobSettings) -> PreparedDataset:
+    """As many pictures of the largest size as a step takes at the most."""
+    size = max((item.size for item in dataset.items), key=lambda size: size[0] * size[1])
+    most = settings.train_batch_size * settings.gradient_accumulation_steps
+    items = [item for item in dataset.items if item.size == size][:most]
+    return dataset.model_copy(update={"items": tuple(items)})
+
+
+def few_steps(settings: JobSettings, scratch: Path) -> JobSettings:
+    """The settings of the measured steps, which leave nothing in output_dir."""
+    changes: dict[str, Any] = {"max_train_steps": STEPS, "output_dir": scratch, "resume": False}
+    return settings.model_copy(update=changes)
+
+
+class Watch:
+    """Notes when each step ended, and the most memory that was held."""
+
+    def __init__(self, device: torch.device):
+        self._ends: list[float] = []
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step(self, row: dict[str, float], steps: int) -> None:
+        """What the loop calls after each step."""
+        self._ends.append(time.monotonic())
+
+    def estimate(
+        self, datasets: tuple[PreparedDataset, PreparedDataset], seconds: dict[str, float], settings: JobSettings
+    ) -> Estimate:
+        """What the whole job costs: `datasets` are the whole one and the measured part, `seconds` those of the stages
+        so far, of which encoding grows with the pictures.
+        """
+        whole, part = datasets
+        gaps = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        step = median(gaps[WARM_UP - 1 :])
+        encoding = seconds["cache"] * len(whole.items) / len(part.items)
+        # Linux counts ru_maxrss in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return Estimate(
+            steps=settings.max_train_steps,
+            measured_steps=len(gaps) - WARM_UP + 1,
+            bucket=part.items[0].size,
+            seconds_per_step=step,
+            peak_memory_mib=(torch.cuda.max_memory_allocated() if self._cuda else own) / MIB,
+            memory_of="accelerator" if self._cuda else "process",
+            seconds_total=seconds["prepare"] + seconds["load"] + encoding + step * settings.max_train_steps,
+        )
