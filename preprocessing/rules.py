@@ -22,7 +22,8 @@ PREAMBLE = re.compile(
     re.IGNORECASE,
 )
 # A small model may fall into a loop: "a red star a red star a red star".
-REPETITION = re.compile(r"\b(\w+(?: \w+){0,7}?)(?:,? \1\b)+", re.IGNORECASE)
+# From the beginning of a word to the end of the last time, so that no two halves of words become one ("/0 0/").
+REPETITION = re.compile(r"(?<!\S)(\w+(?: \w+){0,7}?)(?:,? (\1)\b)+", re.IGNORECASE)
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 ARTICLES = frozenset(("a", "an", "the", "this", "that", "one", "his", "her", "its", "their", "my", "your", "our"))
 # Words that end a noun phrase when read from its noun towards its beginning.
@@ -63,7 +64,7 @@ def cleaned(line: str) -> Edited:
     while (shorter := PREAMBLE.sub("", text)) != text:
         text = shorter
     edited = edited.step(text, f"opening {edited.text[: len(edited.text) - len(text)].strip()!r} left out")
-    edited = edited.step(REPETITION.sub(r"\1", edited.text), "repetition left out")
+    edited = edited.step(REPETITION.sub(r"\2", edited.text), "repetition left out")
     edited = edited.step(_whole_sentences(edited.text), "last sentence, cut off, left out")
     return edited.step(edited.text.strip(" ,;:"), "punctuation at the ends")
 

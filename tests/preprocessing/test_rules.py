@@ -1,7 +1,7 @@
 """The local rules: empty words go, the described identity makes way for the trigger, each change is told."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from preprocessing import rules
@@ -105,6 +105,8 @@ def test_fragments_that_most_lines_share_are_found_and_left_out():
 
 
 @given(st.text(max_size=60))
+@example("/0 0/")
+@example("A a, b")
 def test_rules_take_any_text_and_cleaning_twice_changes_no_more_words(said):
     once = cleaned(said)
     with_identity(once, settings())
