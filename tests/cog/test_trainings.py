@@ -37,7 +37,7 @@ def test_from_a_served_zip_to_uploaded_weights(
     polls = trainer.poll("whole", lambda state: state["status"] in service.ENDED)
     hooks = world.told("/hook", lambda told: told["status"] in service.ENDED)
 
-    last = hooks[-1]
+    last = next(told for told in hooks if told["status"] in service.ENDED)  # webhooks overtake each other
     assert last["status"] == "succeeded", last
     assert re.search(r"train:.*40/40", last["logs"])  # the progress bar
     (uploaded,) = [path for path in world.files if path.startswith("/up/")]
@@ -51,7 +51,7 @@ def test_from_a_served_zip_to_uploaded_weights(
         for metrics in in_loop:
             assert {name: type(metrics[name]) for name in METRICS} == METRICS
     steps = [state["metrics"]["step"] for state in polls if "step" in state.get("metrics", {})]
-    assert steps == sorted(steps)  # webhooks overtake each other
+    assert steps == sorted(steps)
     stages = {state.get("metrics", {}).get("stage") for state in polls + hooks}
     assert {"train", "preview"} <= stages
     assert "s3cret" not in trainer.log.read_text(encoding="utf-8") + str(last["logs"])

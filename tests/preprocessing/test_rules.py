@@ -110,7 +110,8 @@ def test_fragments_that_most_lines_share_are_found_and_left_out():
 def test_rules_take_any_text_and_cleaning_twice_changes_no_more_words(said):
     once = cleaned(said)
     with_identity(once, settings())
-    assert set(once.text.split()) <= set(said.split()) | {word.strip(" ,;:") for word in said.split()}
+    ends = (str.strip, str.lstrip, str.rstrip)  # punctuation is taken off both ends of the line
+    assert set(once.text.split()) <= set(said.split()) | {cut(word, " ,;:") for word in said.split() for cut in ends}
     assert (once.text == said) == (not once.changes)
 
 
