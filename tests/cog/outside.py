@@ -26,13 +26,13 @@ class Outside:
         return self.address.replace("://", f"://{user}@" if user else "://") + path + query
 
     def told(self, path: str, until: Callable[[dict[str, Any]], bool], seconds: float = 60) -> list[dict[str, Any]]:
-        """What a webhook got, waiting until `until` holds for one of them."""
+        """What a webhook got, waiting until `until` holds for one of them; that one is last, for webhooks overtake."""
         end = time.monotonic() + seconds
         while not any(until(one) for one in self.hooks.get(path, [])):
             if time.monotonic() > end:
                 raise TimeoutError(f"webhook {path} got only {self.hooks.get(path)}")
             time.sleep(0.05)
-        return self.hooks[path]
+        return sorted(self.hooks[path], key=until)
 
 
 def _handler(world: Outside) -> type[BaseHTTPRequestHandler]:
