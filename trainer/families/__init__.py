@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.families.base import Family
 
 TOYBOX = Path(__file__).resolve().parents[2] / "toybox"
-TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd"}
+TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd", "toybox/flux": TOYBOX / "flux"}
 INDEX = "model_index.json"
 RECOMMENDED = "training_defaults.json"
 
@@ -22,6 +23,7 @@ RECOMMENDED = "training_defaults.json"
 PIPELINES = {
     "StableDiffusionPipeline": ("trainer.families.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
+    "FluxPipeline": ("trainer.families.flux", "Flux"),
 }
 
 
@@ -67,7 +69,9 @@ def _pipeline_of_file(path: Path) -> str:
         return "StableDiffusionXLPipeline"
     if any(key.startswith("cond_stage_model.") for key in keys):
         return "StableDiffusionPipeline"
-    raise UserError(f"base_model {path} holds no Stable Diffusion checkpoint that is known: give a diffusers folder.")
+    if any(re.match(r"(?:model\.diffusion_model\.)?double_blocks\.0\.", key) for key in keys):
+        return "FluxPipeline"
+    raise UserError(f"base_model {path} holds no checkpoint that is known: give a diffusers folder.")
 
 
 def pipeline_name(source: str) -> str:
@@ -95,7 +99,7 @@ def family_class(source: str) -> type[Family]:
 
 def recommended(source: str, method: str) -> dict[str, Any]:
     """Settings that suit a base model and method: its own training_defaults.json over the family's."""
-    defaults = family_class(source).recommended
+    defaults = family_class(source).recommended_for(source)
     own = Path(resolve(source)) / RECOMMENDED
     layers = [defaults] + ([json.loads(own.read_text(encoding="utf-8"))] if own.exists() else [])
     merged: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +51,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    drawing_dtype: ClassVar[torch.dtype] = torch.float16  # on accelerators
     objective: Objective
     nets: tuple[Net, ...]
     device: torch.device
@@ -58,6 +60,11 @@ class Family(ABC):
     @abstractmethod
     def geometry(cls, source: str) -> Geometry:
         """Read off the model's own configuration, before any weights."""
+
+    @classmethod
+    def recommended_for(cls, source: str) -> dict[str, dict[str, Any]]:
+        """`recommended`, or what suits this one of the family's models."""
+        return cls.recommended
 
     @classmethod
     @abstractmethod
@@ -111,6 +118,12 @@ class Family(ABC):
     def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
         """The arguments by which the pipeline takes text that is already encoded."""
 
+    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
+        """The argument by which the pipeline takes the guidance scale. UserError for a negative prompt that the model
+        has no use for.
+        """
+        return {"guidance_scale": scale}
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, in every net."""
         for net in self.nets:
@@ -123,6 +136,10 @@ class Family(ABC):
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
+
+    def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """LoRA of other programs with the layers of the model's first code taken for diffusers' modules."""
+        return tensors
 
     def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
         """The weighted, masked denoising loss: mean over the batch, a scalar."""
