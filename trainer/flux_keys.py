@@ -158,7 +158,7 @@ def _split(modules: list[str], parts: dict[str, Tensor], rows: list[int]) -> dic
     found = {}
     for module, up, down, magnitude in zip(modules, ups, downs, magnitudes, strict=True):
         stem = _own_stem(module)
-        found |= {f"{stem}.{DOWN}": down.contiguous(), f"{stem}.{UP}": up.contiguous()}
+        found |= {f"{stem}.{DOWN}": down.clone(), f"{stem}.{UP}": up.contiguous()}
         if ALPHA in parts:
             found[f"{stem}.{ALPHA}"] = parts[ALPHA] / shares
         if magnitude is not None:

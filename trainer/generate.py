@@ -23,14 +23,6 @@ from trainer.families.base import DENOISER, IMAGE_TO_IMAGE, INPAINT, TEXT, TEXT_
 from trainer.methods.base import Method
 from trainer.samples import Conditioning
 
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
 DRAW_BATCH = 16
 
 
@@ -118,7 +110,7 @@ class Generator:
         pipe = self.family.pipeline(task)
         arguments = self._arguments(settings, "height" in signature(pipe.__call__).parameters)
         if settings.scheduler is not None:
-            pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config)
+            pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config, self.family)
         if settings.image is not None and settings.prompt_strength == 0:
             yield [arguments["image"]] * len(prompts)
             return
@@ -203,10 +195,12 @@ def seed_of(settings: DrawSettings) -> int:
     return secrets.randbelow(2**32) if settings.seed is None else settings.seed
 
 
-def _scheduler(name: str, config: dict[str, Any]) -> Any:
+def _scheduler(name: str, config: dict[str, Any], family: Family) -> Any:
     import diffusers
 
-    class_name, options = SCHEDULERS[name]
+    if name not in family.schedulers:
+        raise UserError(f"scheduler {name} is not for a {family.name}: use one of {', '.join(family.schedulers)}.")
+    class_name, options = family.schedulers[name]
     return getattr(diffusers, class_name).from_config(config, **options)
 
 

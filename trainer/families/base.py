@@ -19,6 +19,18 @@ DENOISER, TEXT, VAE = "denoiser", "text", "vae"
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
 
 
+# name in a picture's settings -> class in diffusers and the options that make it that scheduler
+DDPM_SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+FLOW_SCHEDULERS = {"euler": ("FlowMatchEulerDiscreteScheduler", {})}
+
+
 @dataclass(frozen=True)
 class Net:
     """A network that can be adapted; its name in the pipeline is also the prefix of its keys in the archive."""
@@ -52,6 +64,7 @@ class Family(ABC):
     name: ClassVar[str]
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
     drawing_dtype: ClassVar[torch.dtype] = torch.float16  # on accelerators
+    schedulers: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = DDPM_SCHEDULERS
     objective: Objective
     nets: tuple[Net, ...]
     device: torch.device

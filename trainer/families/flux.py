@@ -21,7 +21,16 @@ from preprocessing.errors import UserError
 from trainer import flux_keys
 from trainer.artifact import Manifest
 from trainer.families import model_config, resolve
-from trainer.families.base import DENOISER, IMAGE_TO_IMAGE, INPAINT, TEXT, TEXT_TO_IMAGE, Geometry, Net
+from trainer.families.base import (
+    DENOISER,
+    FLOW_SCHEDULERS,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    TEXT,
+    TEXT_TO_IMAGE,
+    Geometry,
+    Net,
+)
 from trainer.families.pipeline_family import PipelineFamily
 from trainer.objectives import Flow
 from trainer.samples import Conditioning
@@ -46,6 +55,7 @@ class Flux(PipelineFamily):
     usual: ClassVar[Geometry] = Geometry(stride=16, resolution=1024)
     denoiser: ClassVar[str] = "transformer"
     drawing_dtype: ClassVar[torch.dtype] = torch.bfloat16  # its activations overflow fp16
+    schedulers: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = FLOW_SCHEDULERS
     pipelines: ClassVar[dict[str, str]] = {
         TEXT_TO_IMAGE: "FluxPipeline",
         IMAGE_TO_IMAGE: "FluxImg2ImgPipeline",
