@@ -8,7 +8,7 @@ import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -127,8 +127,8 @@ def _encode(vae: AutoencoderKL, scenes: list[Scene], device: torch.device) -> Te
 class Learner(nn.Module, ABC):
     """The nets that are trained, as one module, with their loss."""
 
-    name: str
-    draw: dict[str, Any]  # arguments of the pipeline for the previews
+    name: ClassVar[str]
+    draw: ClassVar[dict[str, Any]]  # arguments of the pipeline for the previews
     latent_shift: float = 0.0
     latent_scale: float
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -80,8 +81,13 @@ def build_transformer() -> FluxTransformer2DModel:
 class FluxLearner(diffusion.Learner):
     """CLIP, T5 and the transformer."""
 
-    name = "flux"
-    draw = {"true_cfg_scale": 2.5, "height": 64, "width": 64, "max_sequence_length": T5_TOKENS}
+    name: ClassVar[str] = "flux"
+    draw: ClassVar[dict[str, Any]] = {
+        "true_cfg_scale": 2.5,
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": T5_TOKENS,
+    }
 
     def __init__(self, tokenizers: tuple[CLIPTokenizer, T5Tokenizer], shift: float, scale: float):
         super().__init__()

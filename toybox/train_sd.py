@@ -10,6 +10,7 @@ StableDiffusionPipeline.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -52,8 +53,8 @@ def build_unet() -> UNet2DConditionModel:
 class StableDiffusionLearner(diffusion.Learner):
     """The text encoder and the UNet."""
 
-    name = "sd"
-    draw = {"guidance_scale": 4.0}
+    name: ClassVar[str] = "sd"
+    draw: ClassVar[dict[str, Any]] = {"guidance_scale": 4.0}
 
     def __init__(self, tokenizer: CLIPTokenizer, scaling_factor: float):
         super().__init__()

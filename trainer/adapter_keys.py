@@ -138,7 +138,9 @@ def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[
 
     renamed = {key: key for key in tensors}
     has_unet = any(net.name == "unet" for net in family.nets)
-    numbered = [key for key in tensors if has_unet and re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)]
+    numbered = [
+        key for key in tensors if has_unet and re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)
+    ]
     for key in numbered:
         try:
             # one at a time, so that a key that has no such place does not hide the others

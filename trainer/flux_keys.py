@@ -4,9 +4,9 @@
     transformer.single_transformer_blocks.0.attn.to_q, .to_k, .to_v, .proj_mlp  <->  lora_unet_single_blocks_0_linear1
 
 There q, k and v (and a single block's MLP) are one layer. Written, the matrices of such a layer are put side by side:
-down [sum of ranks, in], up block-diagonal. Read, a block-diagonal `up` is taken apart again, and any other keeps its
-whole rank in every part. diffusers' converter does the same for FLUX.1's own sizes alone, and leaves keys that it does
-not know out with a warning.
+down [sum of ranks, in], up block-diagonal. Read, each part keeps the ranks that add something to it: its own of a
+block-diagonal `up`, all of any other. diffusers' converter does the same for FLUX.1's own sizes alone, and leaves keys
+that it does not know out with a warning.
 """
 
 from __future__ import annotations
@@ -146,21 +146,18 @@ def _own_stem(module: str) -> str:
 
 
 def _split(modules: list[str], parts: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    rank, count = parts[UP].shape[1], len(modules)
-    ups, downs, shares = list(parts[UP].split(rows)), [parts[DOWN]] * count, 1
-    own = rank // count
-    places = [slice(i * own, (i + 1) * own) for i in range(count)]
-    outside = [torch.cat([up[:, : place.start], up[:, place.stop :]], dim=1) for up, place in zip(ups, places, strict=True)]
-    if rank % count == 0 and not any(values.any() for values in outside):
-        ups = [up[:, place] for up, place in zip(ups, places, strict=True)]
-        downs, shares = [parts[DOWN][place] for place in places], count
-    magnitudes = parts[MAGNITUDE].reshape(-1, 1).split(rows) if MAGNITUDE in parts else [None] * count
-    found = {}
-    for module, up, down, magnitude in zip(modules, ups, downs, magnitudes, strict=True):
+    """The tensors of each module that the layer's matrices reach, without the ranks that add nothing to it."""
+    rank, found = parts[UP].shape[1], {}
+    ups = parts[UP].split(rows)
+    magnitudes = parts[MAGNITUDE].reshape(-1, 1).split(rows) if MAGNITUDE in parts else [None] * len(rows)
+    for module, up, magnitude in zip(modules, ups, magnitudes, strict=True):
+        used = up.any(dim=0) if parts[UP].any() else torch.ones(rank, dtype=torch.bool)
+        if not used.any():
+            continue
         stem = _own_stem(module)
-        found |= {f"{stem}.{DOWN}": down.clone(), f"{stem}.{UP}": up.contiguous()}
+        found |= {f"{stem}.{DOWN}": parts[DOWN][used], f"{stem}.{UP}": up[:, used].contiguous()}
         if ALPHA in parts:
-            found[f"{stem}.{ALPHA}"] = parts[ALPHA] / shares
+            found[f"{stem}.{ALPHA}"] = parts[ALPHA] * used.sum() / rank
         if magnitude is not None:
             found[f"{stem}.{MAGNITUDE}"] = magnitude
     return found

@@ -30,7 +30,13 @@ from trainer.families.base import Family
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
 # cog-sdxl's names -> ours
-EMBEDDING_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5", "text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
+EMBEDDING_KEYS = {
+    "clip_l": "clip_l",
+    "clip_g": "clip_g",
+    "t5": "t5",
+    "text_encoders_0": "clip_l",
+    "text_encoders_1": "clip_g",
+}
 TRIGGER = "TOK"  # where a file does not say
 # Width of the text that cross-attention reads -> the base model that such weights are usually for.
 USUAL_BASES = {

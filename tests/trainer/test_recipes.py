@@ -12,6 +12,7 @@ from PIL import Image
 import predict
 import train
 
+BASES = {"sdxl": "tiny_xl", "flux": "tiny_flux"}  # by what a recipe's name holds
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -27,7 +28,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, request, capsys) -> None:
-    base = request.getfixturevalue("tiny_xl" if "sdxl" in recipe.stem else "tiny_sd")
+    base = request.getfixturevalue(next((v for k, v in BASES.items() if k in recipe.stem), "tiny_sd"))
     out = tmp_path / "out"
     small = {
         **{"input_images": pictures, "base_model": base, "output_dir": out, "captioner": "none", "report_to": "none"},

@@ -141,9 +141,7 @@ class Flux(PipelineFamily):
             encoder_hidden_states=context,
             # in fp32: bf16 cannot count beyond 256
             txt_ids=torch.zeros(context.shape[1], 3, device=noisy.device),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                count, height // 2, width // 2, noisy.device, torch.float32
-            ),
+            img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, torch.float32),
         ).sample
         return FluxPipeline._unpack_latents(tokens, height, width, 1).float()
 
