@@ -1,8 +1,8 @@
 """FLUX.1 dev and schnell: a rectified-flow transformer that reads T5's states and CLIP's pooled text.
 
 Black Forest Labs 2024. The latents [B, C, h, w] are packed 2x2 into tokens [B, h/2 * w/2, 4 C]; a token's position is
-(0, row, column), text lies at (0, 0, 0). dev has guidance built in (distilled into an embedding), which is 1 in training;
-where the config has no such embedding, guidance at drawing is by a second call without the prompt.
+(0, row, column), text lies at (0, 0, 0). dev has guidance built in (distilled into an embedding), which is 1 in
+training; where the config has no such embedding, guidance at drawing is by a second call without the prompt.
 """
 
 from __future__ import annotations
