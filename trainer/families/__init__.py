@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trainer.families.base import Family
 
 TOYBOX = Path(__file__).resolve().parents[2] / "toybox"
-TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd", "toybox/flux": TOYBOX / "flux"}
+TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd"}
 INDEX = "model_index.json"
 RECOMMENDED = "training_defaults.json"
 
