@@ -43,6 +43,11 @@ TRANSFORMER_TARGETS = {
     "attention_conv": ATTENTION + MLPS,  # there are no convolutions
     "all": ATTENTION + MLPS + MODULATIONS,
 }
+# OminiControl's layers: all that a condition's tokens go through (peft matches the whole name)
+CONDITION_TARGETS = (
+    r"x_embedder|transformer_blocks\.\d+\.(?:norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
+    r"|single_transformer_blocks\.\d+\.(?:norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
+)
 CLIP_TARGETS = dict.fromkeys(TRANSFORMER_TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 DEV_T5_TOKENS, SCHNELL_T5_TOKENS = 512, 256  # the lengths of T5 that the two were trained with
