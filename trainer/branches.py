@@ -1,7 +1,7 @@
 """Branches of one attention: text and image in the first, each condition picture in one of its own.
 
-After OminiControl (Tan et al. 2024, arXiv:2411.15098) and OminiControl2 (Tan et al. 2025, arXiv:2503.08280). What is here
-knows no model; `trainer.families.flux_branches` computes FLUX with it.
+After OminiControl (Tan et al. 2024, arXiv:2411.15098) and OminiControl2 (Tan et al. 2025, arXiv:2503.08280). What is
+here knows no model; `trainer.families.flux_branches` computes FLUX with it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 MAIN = 0
+HOLE = "hole"  # in a conditioning: the tokens to draw where known ones are left out, bool [B, 1, h / 2, w / 2]
 KeyValue = tuple[Tensor, Tensor]  # [B, n, heads, d], keys after their rotation
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a condition's tokens lie in the picture's grid, in tokens of the picture: its own grid times `scale` (then
-    moved to the middle of the enlarged cells), then shifted by `delta` = (rows, columns).
+    moved to the middle of the enlarged cells), then shifted by `delta` = (rows, columns)
+    or, where it is None, to the left by its own width.
     """
 
-    delta: tuple[float, float] = (0.0, 0.0)
+    delta: tuple[float, float] | None = (0.0, 0.0)
     scale: float = 1.0
 
     def ids(self, height: int, width: int, device: torch.device) -> Tensor:
@@ -31,8 +33,20 @@ class Placement:
         rows = torch.arange(height, dtype=torch.float32, device=device)
         columns = torch.arange(width, dtype=torch.float32, device=device)
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
-        placed = grid * self.scale + (self.scale - 1) / 2 + torch.tensor(self.delta, device=device)
+        delta = (0.0, -width * self.scale) if self.delta is None else self.delta
+        placed = grid * self.scale + (self.scale - 1) / 2 + torch.tensor(delta, device=device)
         return torch.cat([torch.zeros_like(placed[:, :1]), placed], dim=1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a method conditions a model: where each condition's tokens lie, whether conditions are independent of text
+    and picture, and whether the picture's known tokens are left out of the first branch (`integrated`).
+    """
+
+    placements: tuple[Placement, ...]
+    independent: bool = False
+    integrated: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ Schedule = Literal["constant", "linear", "cosine", "exponential"]
 class MethodSettings(PrepareSettings):
     """How the base model is adapted."""
 
-    method: Literal["pivotal", "lora", "textual_inversion", "full"] = Field(
-        "pivotal", description="pivotal: token embeddings and LoRA together."
+    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition"] = Field(
+        "pivotal", description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures."
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
@@ -33,6 +33,35 @@ class MethodSettings(PrepareSettings):
     lora_l1_penalty: float = Field(0.0, ge=0, description="Weight of the mean absolute value of the LoRA matrices.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (DoRA).")
     train_text_encoder: bool = Field(False, description="Adapt the text encoders too (methods lora and full).")
+
+
+class ConditionSettings(PrepareSettings):
+    """How pictures condition the base model (method condition)."""
+
+    condition_tasks: tuple[str, ...] = Field(
+        ("canny",),
+        min_length=1,
+        max_length=8,
+        description="What each condition is: canny, coloring, deblurring, depth, depth_pred, fill, sr, subject, pair, "
+        "or a class of your own as module:Class.",
+    )
+    condition_resolution: int | None = Field(
+        None, ge=16, le=4096, description="As resolution, of the conditions: fewer tokens; None: the task's own."
+    )
+    position_scale: float | None = Field(
+        None, gt=0, description="Size of a condition's token in the picture's; None: so that both cover the same area."
+    )
+    position_delta: tuple[float, float] | None = Field(
+        None, description="Rows and columns of tokens that a condition is shifted by; None: the task's own."
+    )
+    independent_condition: bool = Field(
+        False, description="Conditions see neither text nor picture, so that drawing computes them once and not a step."
+    )
+    token_integration: bool = Field(False, description="Task fill: compute known tokens as the condition alone.")
+    image_dropout: float = Field(0.1, ge=0, le=1, description="Share of conditions replaced by a black picture.")
+    target_modules: str | None = Field(
+        None, description="Regular expression of the whole names of the layers that get LoRA; None: all usual ones."
+    )
 
 
 class OptimisationSettings(PrepareSettings):
@@ -89,13 +118,30 @@ class RunSettings(PrepareSettings):
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 
 
-class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
+# What OminiControl is trained with; a job that says otherwise has its way.
+CONDITION_DEFAULTS = {"optimizer": "prodigy", "weight_decay": 0.01, "max_grad_norm": 0.5}
+
+
+class JobSettings(MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
     """All settings of one job."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suits_the_method(cls, given: Any) -> Any:
+        """Defaults that depend on the method."""
+        if not isinstance(given, dict) or given.get("method") != "condition":
+            return given
+        given = CONDITION_DEFAULTS | given
+        if given["optimizer"] != "prodigy":
+            given.setdefault("learning_rate", 1e-4)
+        return given
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSettings:
         if self.train_text_encoder and self.method not in ("lora", "full"):
             raise ValueError(f"train_text_encoder goes with method lora or full, not {self.method}")
+        if self.target_modules is not None and self.method != "condition":
+            raise ValueError(f"target_modules goes with method condition, not {self.method}: use lora_targets")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
         if self.preservation_weight and self.method == "full":

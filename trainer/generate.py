@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import ValidationError
@@ -106,7 +108,8 @@ class Generator:
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
         if self._method is not None:
             self._method.set_strength(self.family, settings.lora_scale)
-        task = TEXT_TO_IMAGE if settings.image is None else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
+        started = settings.image is not None
+        task = TEXT_TO_IMAGE if not started else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
         arguments = self._arguments(settings, "height" in signature(pipe.__call__).parameters)
         if settings.scheduler is not None:
@@ -120,7 +123,8 @@ class Generator:
                 self._conditioning(prompts[chunk], settings), self._negative(len(prompts[chunk]), settings)
             )
             noise = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-            drawn = pipe(**text, **arguments, generator=noise).images
+            with self._conditioned(settings):
+                drawn = pipe(**text, **arguments, generator=noise).images
             if task == INPAINT:  # the VAE alone changes every pixel a little
                 drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
             yield drawn
@@ -136,7 +140,7 @@ class Generator:
         arguments = {k: self.recommended.get(k, PIPELINE_DEFAULTS[k]) if v is None else v for k, v in chosen.items()}
         arguments |= self.family.guidance_inputs(arguments.pop("guidance_scale"), settings.negative_prompt)
         stride = self.family.geometry(self.base_model).stride
-        width, height = settings.width or self.resolution, settings.height or self.resolution
+        width, height = self._size(settings)
         for name, side in (("width", width), ("height", height)):
             if side % stride:
                 raise UserError(
@@ -150,6 +154,29 @@ class Generator:
         strength = max(settings.prompt_strength, least)
         pictures = _open_all(settings, (width, height))
         return arguments | pictures | size | {"strength": strength}
+
+    def _size(self, settings: DrawSettings) -> tuple[int, int]:
+        return settings.width or self.resolution, settings.height or self.resolution
+
+    @contextmanager
+    def _conditioned(self, settings: DrawSettings) -> Iterator[None]:
+        """Inside, the pipeline draws from the condition pictures."""
+        wanted = self._method is not None and self._method.draws_from_conditions
+        if not settings.condition:
+            if wanted:
+                raise UserError("condition is missing: these weights draw from condition pictures, give them.")
+            yield
+            return
+        if not wanted:
+            raise UserError("condition: the weights in use draw from no condition picture; leave it out.")
+        size = self._size(settings)
+        pictures = [_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition]
+        hole = None
+        if settings.mask is not None:
+            hole = np.asarray(_fitted(_open(settings.mask, "mask").convert("L"), size)) >= 128
+        given = self._method.drawing_conditioning(self.family, pictures, settings.condition_ready, hole)
+        with self.family.conditioned(given, settings.condition_strength):
+            yield
 
     def _words(self, prompts: list[str]) -> list[str]:
         return self._method.words(prompts) if self._method is not None else prompts
@@ -213,10 +240,15 @@ def _open_all(settings: DrawSettings, size: tuple[int, int]) -> dict[str, Image.
             told = [f"{one.width}x{one.height}" for one in (mask, pictures["image"])]
             raise UserError(f"mask {settings.mask} is {told[0]} and image is {told[1]}: give a mask of the same size.")
         pictures["mask_image"] = mask.convert("L")
-    fitted = {name: ImageOps.fit(one, size, Image.Resampling.LANCZOS) for name, one in pictures.items()}
+    fitted = {name: _fitted(one, size) for name, one in pictures.items()}
     if settings.mask is not None:  # as the pipeline takes it: drawn anew or not, nothing between
         fitted["mask_image"] = fitted["mask_image"].point(lambda value: 255 if value >= 128 else 0)
     return fitted
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cropped to the size's aspect ratio and resized to it."""
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def _open(path: Path, name: str) -> Image.Image:

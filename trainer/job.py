@@ -245,8 +245,9 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
     with parts.stages.stage("cache"):
         # before the method attaches: what is cached of the text is the base model's
         captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
-        cached = cache.build(family, dataset, [*captions, *preserved], parts.stages.progress)
-        family.free(VAE)
+        cached = cache.build(family, dataset, [*captions, *preserved], parts.stages.progress, method)
+        if not method.needs_vae:
+            family.free(VAE)
         groups = method.attach(family)
     findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
     if accelerator.is_main_process:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
+from preprocessing.prepared import PreparedDataset
 from preprocessing.settings import Mode
 from trainer import families
+from trainer.condition_tasks import Task, task
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
+from trainer.methods import METHODS
 from trainer.report import Preview
 
 DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
@@ -45,6 +50,26 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
+def _drawn_from(settings: JobSettings, prompt: str, folder: Path) -> DrawSettings:
+    """How the adapted model draws: by the prompt or, where the method says so, from the first prepared picture too."""
+    if not METHODS[settings.method].draws_from_conditions:
+        return DrawSettings(prompt=prompt)
+    dataset = PreparedDataset.load(settings.output_dir / "prepared")
+    item, tasks = dataset.items[0], [task(name) for name in settings.condition_tasks]
+    uploaded = [dataset.folder / path for path in item.conditions]
+    pictures = tuple(
+        uploaded[i] if one.paired and i < len(uploaded) else dataset.folder / item.image for i, one in enumerate(tasks)
+    )
+    mask = None
+    if any(type(one).hole is not Task.hole for one in tasks):
+        mask = folder / "mask.png"
+        right = Image.new("L", item.size, 0)
+        right.paste(255, (item.size[0] // 2, 0, *item.size))
+        right.save(mask)
+    width, height = item.size
+    return DrawSettings(prompt=prompt, condition=pictures, mask=mask, width=width, height=height)
+
+
 def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]) -> list[Preview]:
     """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
     folder = settings.output_dir / "samples"
@@ -54,12 +79,11 @@ def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str,
     jobs = [(prompt, seed) for prompt in prompts_of(settings) for seed in settings.preview_seeds]
     prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
     generator = Generator(settings.base_model)
-    drawn = {}
-    for step, name in enumerate(("base", "adapted")):
-        if name == "adapted":
-            generator.use(archive)
-        drawn[name] = generator.draw_prompts(prompts, seeds, DrawSettings(prompt=prompts[0]))
-        progress("preview", step + 1, 2)
+    drawn = {"base": generator.draw_prompts(prompts, seeds, DrawSettings(prompt=prompts[0]))}
+    progress("preview", 1, 2)
+    generator.use(archive)
+    drawn["adapted"] = generator.draw_prompts(prompts, seeds, _drawn_from(settings, prompts[0], folder))
+    progress("preview", 2, 2)
     previews = []
     for i, (prompt, seed) in enumerate(jobs):
         paths = {name: folder / f"{i:02d}_{name}.png" for name in drawn}

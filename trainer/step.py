@@ -43,6 +43,7 @@ class BatchMaker:
             mask=torch.stack(masks).to(self.device) if masked else None,
             conditioning={n: torch.stack([s.conditioning[n] for s in samples]).to(self.device) for n in names},
             preserved=self._preserved(positions, draws),
+            keys=tuple(f"{settings.seed}/{step}/{position}" for position in positions),
         )
 
     def _preserved(self, positions: range, draws: list[Draw]) -> list[tuple[int, str]]:
@@ -62,6 +63,7 @@ class TrainStep(nn.Module):
         self._family, self._method, self._settings, self._text = family, method, settings, cache.text
 
     def forward(self, batch: Batch) -> Tensor:
+        batch = self._method.prepared(self._family, batch)
         conditioning = batch.conditioning | self._conditioning(batch.captions)
         loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
         if batch.preserved:

@@ -1,4 +1,4 @@
-"""FLUX with condition branches: the same as one long sequence with a mask, and stock FLUX where nothing conditions it."""
+"""FLUX with condition branches is one long sequence with a mask, and stock FLUX where nothing conditions it."""
 
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ def net(request: pytest.FixtureRequest) -> FluxTransformer2DModel:
     return make_transformer(request.param)
 
 
-def inputs(
-    net: FluxTransformer2DModel, t: float = 0.7, height: int = 4, width: int = 6, seed: int = 0
-) -> dict[str, Any]:
-    """What a pipeline gives the transformer for latents of twice that height and width."""
+def inputs(net: FluxTransformer2DModel, t: float = 0.7, seed: int = 0) -> dict[str, Any]:
+    """What a pipeline gives the transformer for latents of 8x12."""
+    height, width = 4, 6
     return {
         "hidden_states": randn(BATCH, height * width, 16, seed=seed),
         "encoder_hidden_states": randn(BATCH, TEXT, 24, seed=1),
@@ -211,8 +210,7 @@ def test_a_condition_does_not_see_another(net, monkeypatch):
     with torch.no_grad():
         for name, seed in (("a", 20), ("b", 40)):
             stores: dict[int, Any] = {}
-            first, second = pictures(2)
-            changed = [first, pictures(2, seed)[1]]
+            changed = [pictures(2)[0], pictures(2, seed)[1]]
             with Branches(net).on(Conditions(changed, independent=True, stores=stores)):
                 net(**given)
             (store,) = stores.values()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer.artifact import Manifest
+from trainer.branches import Layout
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
@@ -136,6 +139,40 @@ class Family(ABC):
         has no use for.
         """
         return {"guidance_scale": scale}
+
+    def condition_layers(self) -> tuple[str, str]:
+        """Regular expressions of the layers (whole names in the denoiser) that a condition's LoRA goes into, and of
+        those of them that nothing reads. UserError for a family that cannot be conditioned on pictures.
+        """
+        raise UserError(f"method condition is not for a {self.name}: choose a FLUX as base_model.")
+
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of a denoiser's token in pixels, where conditions are tokens."""
+        raise NotImplementedError
+
+    def token_mask(self, hole: Tensor) -> Tensor:
+        """Pixels to draw, bool [H, W] -> the tokens that hold one of them, bool [1, h / 2, w / 2]."""
+        raise NotImplementedError
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> the means of their latents as the denoiser sees them, [B, C, h, w]."""
+        raise NotImplementedError
+
+    def add_branches(self, layout: Layout) -> None:
+        """Let `predict` read condition_0, condition_1, ... (latents [B, C, h, w]) of its conditioning, and `hole` where
+        the layout integrates tokens; the denoiser's LoRA acts on the conditions alone. See `condition_layers`.
+        """
+        raise NotImplementedError
+
+    def remove_branches(self) -> None:
+        """Take back what `add_branches` did; nothing where it did nothing."""
+        return
+
+    @contextmanager
+    def conditioned(self, conditioning: Conditioning, strength: float) -> Iterator[None]:
+        """Inside, the pipeline draws under conditions as in `add_branches`; their tokens weigh `strength` times."""
+        yield
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, in every net."""

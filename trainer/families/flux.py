@@ -8,18 +8,21 @@ training; where the config has no such embedding, guidance at drawing is by a se
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer import flux_keys
 from trainer.artifact import Manifest
+from trainer.branches import HOLE, Layout
 from trainer.families import model_config, resolve
 from trainer.families.base import (
     DENOISER,
@@ -31,6 +34,7 @@ from trainer.families.base import (
     Geometry,
     Net,
 )
+from trainer.families.flux_branches import Branches, Condition, Conditions
 from trainer.families.pipeline_family import PipelineFamily
 from trainer.objectives import Flow
 from trainer.samples import Conditioning
@@ -81,6 +85,7 @@ class Flux(PipelineFamily):
             "preservation_weight": 0.0,
         },
         "full": {"learning_rate": 1e-5},
+        "condition": {"lora_rank": 4, "learning_rate": 1.0},
         "draw": {"guidance_scale": 3.5, "num_inference_steps": 28},
     }
 
@@ -95,6 +100,8 @@ class Flux(PipelineFamily):
             Net("text_encoder", TEXT, CLIP_TARGETS),
             Net("text_encoder_2", TEXT, {}),  # T5 is read through, and never adapted: it is larger than all SDXL
         )
+        self._branches: Branches | None = None
+        self._layout: Layout | None = None
         if pipe.text_encoder_2 is not None:
             # one module and not two that share a weight, so that new tokens are put into both names alike
             pipe.text_encoder_2.set_input_embeddings(pipe.text_encoder_2.get_input_embeddings())
@@ -136,6 +143,58 @@ class Flux(PipelineFamily):
         }
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if self._layout is None:
+            return self._velocity(noisy, t, conditioning)
+        if self._layout.integrated:  # every row has its own tokens, and their number differs
+            rows = [{name: value[i : i + 1] for name, value in conditioning.items()} for i in range(len(noisy))]
+            return torch.cat([self._under(noisy[i : i + 1], t[i : i + 1], row) for i, row in enumerate(rows)])
+        return self._under(noisy, t, conditioning)
+
+    def _under(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        with self._branches.on(self._conditions(conditioning)):
+            return self._velocity(noisy, t, conditioning)
+
+    def _conditions(self, conditioning: Conditioning) -> Conditions:
+        latents = [conditioning[name] for name in sorted(conditioning) if re.fullmatch(r"condition_\d+", name)]
+        if HOLE not in conditioning:
+            pairs = zip(latents, self._layout.placements, strict=False)
+            return Conditions([Condition(*pair) for pair in pairs], self._layout.independent)
+        hole = conditioning[HOLE][0].flatten()
+        generated, kept = hole.nonzero().flatten(), (~hole).nonzero().flatten()
+        known = Condition(latents[0], self._layout.placements[0], kept)
+        # with nothing known there is no condition, and with nothing to draw nothing to condition
+        pictures = [known] if len(kept) and len(generated) else []
+        return Conditions(pictures, self._layout.independent, generated=generated, known=latents[0])
+
+    def condition_layers(self) -> tuple[str, str]:
+        last = len(self._pipe.transformer.single_transformer_blocks) - 1
+        return CONDITION_TARGETS, rf"single_transformer_blocks\.{last}\.(?:attn\.to_q|proj_mlp|proj_out)"
+
+    def add_branches(self, layout: Layout) -> None:
+        self._branches, self._layout = Branches(self._pipe.transformer), layout
+
+    def remove_branches(self) -> None:
+        if self._branches is not None:
+            self._branches.remove()
+        self._branches = self._layout = None
+
+    @contextmanager
+    def conditioned(self, conditioning: Conditioning, strength: float) -> Iterator[None]:
+        chosen = self._conditions(conditioning)
+        chosen.strength, chosen.stores = strength, {} if self._layout.independent else None
+        with self._branches.on(chosen):
+            yield
+
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of a token in pixels."""
+        return 2 ** len(self._pipe.vae.config.block_out_channels)
+
+    def token_mask(self, hole: Tensor) -> Tensor:
+        """Pixels to draw, bool [H, W] -> the tokens that hold one of them, bool [1, h / 2, w / 2]."""
+        return nn.functional.max_pool2d(hole[None].float(), self.pixels_per_token).bool()
+
+    def _velocity(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         count, channels, height, width = noisy.shape
         context = conditioning["context"].to(self.dtype)
         tokens = self._pipe.transformer(

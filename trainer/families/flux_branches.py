@@ -1,8 +1,8 @@
 """FLUX's transformer with condition pictures beside text and image, each in a branch of its own.
 
-A condition is clean: its modulation is that of t = 0 with a guidance of 1. LoRA acts on its tokens alone; text and image
-stay on the base weights. The stock blocks cannot do this (they modulate and project all tokens alike), so that while
-branches are in, `forward` of the transformer and of its blocks is replaced by what is below; the weights are not touched.
+A condition is clean: its modulation is that of t = 0 with a guidance of 1. LoRA acts on its tokens alone; text and
+image stay on the base weights. The stock blocks cannot do this (they modulate and project all tokens alike), so that
+while branches are in, `forward` of the transformer and of its blocks is replaced by what is below.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _ids(condition: Condition) -> Tensor:
 
 
 def _scattered(sample: Tensor, noisy: Tensor, chosen: Conditions, t: Tensor) -> Tensor:
-    """The velocity of all the picture's tokens [B, n, 4 C]: the generated ones' and, at the known ones, noise - data."""
+    """The velocity of all the picture's tokens [B, n, 4 C]: `sample` at the generated ones, else noise - data."""
     known = FluxPipeline._pack_latents(chosen.known.to(noisy), *chosen.known.shape)
     whole = (noisy - known) / t.to(noisy).view(-1, 1, 1)
     index = chosen.generated.view(1, -1, 1).expand(noisy.shape[0], -1, noisy.shape[2])

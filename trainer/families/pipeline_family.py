@@ -120,6 +120,13 @@ class PipelineFamily(Family):
             samples.append(Sample(mean.cpu(), std.cpu(), caption, mask, self._picture_conditioning(picture)))
         return samples
 
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> the means of their latents as the denoiser sees them, [B, C, h, w]."""
+        vae = self._pipe.vae
+        mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mean.float()
+        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
     def _picture_conditioning(self, picture: Picture) -> Conditioning:
         """Conditioning that comes from the picture's geometry."""
         return {}

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
 from trainer.families.base import Family
+from trainer.samples import Batch, Conditioning, Picture
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Method(ABC):
     needs_text_grad: bool = False  # whether the text conditioning changes while training
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
+    needs_vae: bool = False  # whether pictures are encoded while training
+    draws_from_conditions: ClassVar[bool] = False  # whether a picture is drawn from condition pictures
 
     def __init__(self, settings: JobSettings):
         self.settings = settings
@@ -60,6 +65,26 @@ class Method(ABC):
     def words(self, captions: list[str]) -> list[str]:
         """Captions as the text encoders should read them."""
         return captions
+
+    def picture(self, picture: Picture) -> Picture:
+        """A prepared picture as it is to be drawn."""
+        return picture
+
+    def sample_conditioning(self, family: Family, picture: Picture) -> Conditioning:
+        """What the method adds to a sample's conditioning, without a batch dimension. Called before `attach`."""
+        return {}
+
+    def prepared(self, family: Family, batch: Batch) -> Batch:
+        """A batch with what the method draws anew for every step."""
+        return batch
+
+    def drawing_conditioning(
+        self, family: Family, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
+    ) -> Conditioning:
+        """What condition pictures (RGB, of the drawn picture's size) add to its conditioning, [1, ...] each. `ready`:
+        they are the conditions themselves; `hole`: the pixels to draw, bool [H, W].
+        """
+        raise UserError(f"condition: weights trained by method {self.name} draw from no condition picture; leave it.")
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
