@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from preprocessing.errors import UserError
 from preprocessing.settings import PrepareSettings
 
 Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
@@ -122,6 +123,14 @@ class RunSettings(PrepareSettings):
 CONDITION_DEFAULTS = {"optimizer": "prodigy", "weight_decay": 0.01, "max_grad_norm": 0.5}
 
 
+# OminiControl's configurations nest some settings: its names -> ours, and what of it is always so.
+NESTED = {
+    "optimizer": {"type": "optimizer", "lr": "learning_rate", "weight_decay": "weight_decay"},
+    "lora_config": {"r": "lora_rank", "lora_alpha": "lora_alpha", "target_modules": "target_modules"},
+}
+ALWAYS = {"use_bias_correction": "true", "safeguard_warmup": "true", "init_lora_weights": "gaussian"}
+
+
 class JobSettings(MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
     """All settings of one job."""
 
@@ -147,6 +156,22 @@ class JobSettings(MethodSettings, ConditionSettings, OptimisationSettings, Objec
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
         return self
+
+    @staticmethod
+    def flattened(values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's values with `optimizer: {type, lr, weight_decay}` (also below `params`) and `lora_config:
+        {r, lora_alpha, target_modules}` as settings of their own. UserError for anything else below them.
+        """
+        flat = {name: value for name, value in values.items() if not (name in NESTED and isinstance(value, dict))}
+        for name in values.keys() - flat.keys():
+            nested = dict(values[name])
+            params = nested.pop("params", {})
+            for key, value in (nested | (params if isinstance(params, dict) else {"params": params})).items():
+                if key in NESTED[name]:
+                    flat[NESTED[name][key]] = value.lower() if key == "type" else value
+                elif str(value).lower() != ALWAYS.get(key):
+                    raise UserError(f"{name}: {key} is no setting; there are {', '.join(NESTED[name])}")
+        return flat
 
     def filled(self, recommended: dict[str, Any]) -> JobSettings:
         """These settings with every None that `recommended` has a value for replaced by it, checked again."""

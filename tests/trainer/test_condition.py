@@ -58,7 +58,9 @@ def test_the_conditions_of_the_tasks_pixel_by_pixel():
 def test_depth_is_the_condition_or_the_target(monkeypatch):
     grey = Image.linear_gradient("L")
     asked = []
-    monkeypatch.setattr(condition_tasks, "_depth_estimator", lambda name: asked.append(name) or (lambda _: {"depth": grey}))
+    monkeypatch.setattr(
+        condition_tasks, "_depth_estimator", lambda name: asked.append(name) or (lambda _: {"depth": grey})
+    )
     expected = grey.convert("RGB").resize((32, 32))
     same(task("depth").condition(photo(), None), expected)
     same(task("depth_pred").condition(photo(), None), photo())
@@ -110,13 +112,12 @@ def test_defaults_are_ominicontrols_and_its_ways_to_write_them_are_read(job_sett
     ]
     for shape in shapes:
         given = shape | {"lora_config": {"r": 128, "lora_alpha": 64}, "method": "condition", "input_images": "x"}
-        read = commandline.check(
-            JobSettings, commandline.parse_recipe(json.dumps(given), "recipe", JobSettings)
-        )
+        read = commandline.check(JobSettings, commandline.parse_recipe(json.dumps(given), "recipe", JobSettings))
         assert (read.optimizer, read.learning_rate, read.weight_decay) == ("adamw", 1e-4, 0.001)
         assert (read.lora_rank, read.lora_alpha) == (128, 64)
-    with pytest.raises(UserError, match="momentum"):
-        commandline.parse_recipe('{"optimizer": {"type": "AdamW", "momentum": 1}}', "recipe", JobSettings)
+    for given in ('{"optimizer": {"type": "AdamW", "momentum": 1}}', '{"lora_config": {"momentum": 1}}'):
+        with pytest.raises(UserError, match="momentum"):
+            commandline.parse_recipe(given, "recipe", JobSettings)
 
 
 @pytest.fixture
@@ -129,7 +130,11 @@ def train_step(lab, tiny_model, job_settings, dataset) -> Any:
         captions = [item.caption for item in data.items]
         cached = cache.build(lab.family, data, captions, lambda *_: None, method)
         method.attach(lab.family)
-        return method, BatchMaker(cached, chosen, torch.device("cpu"), ()), TrainStep(lab.family, method, cached, chosen)
+        return (
+            method,
+            BatchMaker(cached, chosen, torch.device("cpu"), ()),
+            TrainStep(lab.family, method, cached, chosen),
+        )
 
     return made
 
@@ -183,7 +188,9 @@ def test_integrated_tokens_are_the_picture_or_the_condition(train_step, lab):
     hole = batch.conditioning[HOLE]
     assert hole.shape == (2, 1, 8, 8) and not torch.equal(hole[0], hole[1])
     counts = []
-    hook = lab.family.module("transformer").x_embedder.register_forward_hook(lambda _, a, __: counts.append(a[0].shape[1]))
+    hook = lab.family.module("transformer").x_embedder.register_forward_hook(
+        lambda _, a, __: counts.append(a[0].shape[1])
+    )
     step(batches.make(0, [0, 1], range(2), 2)).backward()
     hook.remove()
     wanted = [int(count) for row in hole for count in (row.sum(), (~row).sum())]
@@ -218,7 +225,7 @@ def test_layers_may_be_chosen_and_none_is_told_with_its_neighbours(train_step, l
     found = {name for name, p in lab.family.module("transformer").named_parameters() if p.requires_grad}
     assert len(found) == 2 * 2 * 2 and all("attn.to_" in name for name in found)
     method.detach(lab.family)
-    with pytest.raises(UserError, match=r"nearest are .*transformer_blocks\.0\.attn\.to_"):
+    with pytest.raises(UserError, match=r"nearest are transformer_blocks\.0\.attn\.add_q_proj"):
         train_step(target_modules=r"transformer_blocks\.\d+\.attn\.q_proj")
     with pytest.raises(UserError, match="no regular expression"):
         train_step(target_modules="(")
@@ -294,7 +301,9 @@ def test_integration_keeps_the_known_part_of_the_canvas(trained, tiny_model, tmp
     draw(generator, condition=(tmp_path / "photo.png",), mask=tmp_path / "mask.png")
     shown = condition_tasks.blackened(photo(), np.asarray(mask) > 0)
     with torch.no_grad():
-        known = vae.encode(torch.from_numpy(np.array(shown, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean
+        known = vae.encode(
+            torch.from_numpy(np.array(shown, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+        ).latent_dist.mean
     torch.testing.assert_close(decoded[0][..., :4], known[..., :4], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(decoded[0][..., 4:], known[..., 4:], atol=0.1)
 
