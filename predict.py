@@ -115,7 +115,7 @@ class Studio:
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
-        conditions = (("condition", path) for path in settings.condition)
+        conditions = (("condition", path) for path in settings.condition or ())
         for name, path in (("image", settings.image), ("mask", settings.mask), *conditions):
             if path and not path.is_file():
                 raise UserError(f"{name} {path} does not exist: give the path of a picture")
@@ -192,7 +192,7 @@ class Predictor(BaseRunner):
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""
-        inputs["condition"] = () if inputs["condition"] is None else (inputs["condition"],)
+        inputs["condition"] = None if inputs["condition"] is None else (inputs["condition"],)
         places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)

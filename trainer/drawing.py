@@ -34,8 +34,8 @@ class DrawSettings(BaseModel):
     mask: Path | None = Field(
         None, description="With an image of its size: white is drawn anew, black stays (inpaint)."
     )
-    condition: tuple[Path, ...] = Field(
-        (), description="Pictures to draw from, for weights of method condition: their edges, their greys, ..."
+    condition: tuple[Path, ...] | None = Field(
+        None, description="Pictures to draw from, for weights of method condition: their edges, their greys, ..."
     )
     condition_ready: bool = Field(False, description="The condition pictures are edges, greys, ... already.")
     condition_strength: float = Field(1.0, ge=0, le=10, description="Weight of the conditions; 0 hides them.")

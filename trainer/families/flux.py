@@ -100,7 +100,7 @@ class Flux(PipelineFamily):
             Net("text_encoder", TEXT, CLIP_TARGETS),
             Net("text_encoder_2", TEXT, {}),  # T5 is read through, and never adapted: it is larger than all SDXL
         )
-        self._branches: Branches | None = None
+        self.branches: Branches | None = None
         self._layout: Layout | None = None
         if pipe.text_encoder_2 is not None:
             # one module and not two that share a weight, so that new tokens are put into both names alike
@@ -151,10 +151,11 @@ class Flux(PipelineFamily):
         return self._under(noisy, t, conditioning)
 
     def _under(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._branches.on(self._conditions(conditioning)):
+        with self.branches.on(self.conditions_of(conditioning)):
             return self._velocity(noisy, t, conditioning)
 
-    def _conditions(self, conditioning: Conditioning) -> Conditions:
+    def conditions_of(self, conditioning: Conditioning) -> Conditions:
+        """What `branches` are to compute for a conditioning as in `add_branches`."""
         latents = [conditioning[name] for name in sorted(conditioning) if re.fullmatch(r"condition_\d+", name)]
         if HOLE not in conditioning:
             pairs = zip(latents, self._layout.placements, strict=False)
@@ -171,18 +172,18 @@ class Flux(PipelineFamily):
         return CONDITION_TARGETS, rf"single_transformer_blocks\.{last}\.(?:attn\.to_q|proj_mlp|proj_out)"
 
     def add_branches(self, layout: Layout) -> None:
-        self._branches, self._layout = Branches(self._pipe.transformer), layout
+        self.branches, self._layout = Branches(self._pipe.transformer), layout
 
     def remove_branches(self) -> None:
-        if self._branches is not None:
-            self._branches.remove()
-        self._branches = self._layout = None
+        if self.branches is not None:
+            self.branches.remove()
+        self.branches = self._layout = None
 
     @contextmanager
     def conditioned(self, conditioning: Conditioning, strength: float) -> Iterator[None]:
-        chosen = self._conditions(conditioning)
+        chosen = self.conditions_of(conditioning)
         chosen.strength, chosen.stores = strength, {} if self._layout.independent else None
-        with self._branches.on(chosen):
+        with self.branches.on(chosen):
             yield
 
     @property
