@@ -254,6 +254,8 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
         write_preflight(whole, findings)
     if not method.needs_text_grad:
         family.free(TEXT)
+    if settings.base_precision == "fp8":
+        family.store_in_fp8()
     if settings.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     identity = fingerprint(settings, dataset.dataset_hash) | {

@@ -254,3 +254,33 @@ def test_stock_diffusers_draws_the_same_from_our_files(lab, saved, tiny_model):
     words = method.words(["TOK on a hill"])[0]
     found, ours = (np.asarray(call(p, 4, prompt=words), np.int16) for p in (pipe, lab.family.pipeline()))
     assert np.abs(found - ours).max() <= 1
+
+
+@FLUX
+def test_a_base_in_8_bits_trains_nearly_the_same_adapter(lab, create):
+    method = create("lora", lora_targets="attention")
+    parameters = [p for group in method.attach(lab.family) for p in group.parameters]
+    for seed, parameter in enumerate(parameters):
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    net = lab.family.module("transformer")
+    lab.family.enable_gradient_checkpointing()
+    net.train()
+    expected = torch.autograd.grad(lab.predict(PROMPT).square().mean(), parameters)
+    before = lab.predict(PROMPT)
+    lab.family.store_in_fp8()
+    held = {name: p.dtype for name, p in net.named_parameters()}
+    assert held["transformer_blocks.0.norm1.linear.weight"] == torch.float8_e4m3fn
+    assert held["transformer_blocks.0.attn.to_q.base_layer.weight"] == torch.float8_e4m3fn
+    assert held["x_embedder.weight"] == held["proj_out.weight"] == torch.float32
+    assert {p.dtype for p in parameters} == {torch.float32}
+    found = torch.autograd.grad(lab.predict(PROMPT).square().mean(), parameters)
+    one, other = (torch.cat([g.flatten() for g in grads]) for grads in (expected, found))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99 and not torch.equal(one, other)
+    assert (lab.predict(PROMPT) - before).norm() < 0.1 * before.norm()
+    assert held["transformer_blocks.0.attn.to_q.base_layer.weight"] == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("wrong", [{"method": "full", "gradient_checkpointing": True}, {"method": "lora"}])
+def test_8_bits_are_for_frozen_weights_and_checkpointing(wrong, settings):
+    with pytest.raises(ValueError, match="base_precision fp8"):
+        settings(base_precision="fp8", **wrong)

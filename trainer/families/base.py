@@ -31,6 +31,8 @@ DDPM_SCHEDULERS = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+# Not stored in 8 bits: adapters, and the small layers around the blocks that all of a prediction passes.
+FULL_PRECISION = (r"lora_", r"embed", r"^conv_in", r"^conv_out", r"^proj_out", r"^norm_out")
 FLOW_SCHEDULERS = {"euler": ("FlowMatchEulerDiscreteScheduler", {})}
 
 
@@ -145,6 +147,17 @@ class Family(ABC):
         those of them that nothing reads. UserError for a family that cannot be conditioned on pictures.
         """
         raise UserError(f"method condition is not for a {self.name}: choose a FLUX as base_model.")
+
+    def store_in_fp8(self) -> None:
+        """Keep the denoiser's linear and convolution weights in 8 bits, cast back layer by layer as they are used.
+        For good: their lower bits are lost. After a method's `attach`, whose LoRA keeps its precision.
+        """
+        from diffusers.hooks import apply_layerwise_casting
+
+        for net in (net for net in self.nets if net.part == DENOISER):
+            module = self.module(net.name)
+            kind = next(p.dtype for n, p in module.named_parameters() if ".lora_" not in n)
+            apply_layerwise_casting(module, torch.float8_e4m3fn, kind, skip_modules_pattern=FULL_PRECISION)
 
     @property
     def pixels_per_token(self) -> int:
