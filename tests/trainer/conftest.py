@@ -180,6 +180,7 @@ def tiny_flux_pipeline(guided: bool, transformer: FluxTransformer2DModel | None 
 
 
 def tiny_transformer(guided: bool) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
     return FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -191,6 +192,12 @@ def tiny_transformer(guided: bool) -> FluxTransformer2DModel:
         guidance_embeds=guided,
         axes_dims_rope=(4, 6, 6),
     )
+
+
+@pytest.fixture(scope="session")
+def build_transformer() -> Callable[[bool], FluxTransformer2DModel]:
+    """Makes FLUX's transformer with or without built-in guidance."""
+    return tiny_transformer
 
 
 def save_flux(folder: Path, guided: bool) -> Path:
