@@ -14,6 +14,7 @@ from PIL import Image
 from preprocessing.errors import UserError
 from trainer import artifact, delivery, families
 from trainer.drawing import DrawSettings
+from trainer.families import flux
 from trainer.families.base import DENOISER, TEXT, VAE
 from trainer.generate import Generator
 from trainer.metrics import METRICS_FILE
@@ -84,6 +85,17 @@ def test_a_picture_to_start_from_is_the_stock_pipelines(kind, generator, tiny_mo
         expected = Image.composite(expected, start, mask)
     given = {"image": tmp_path / "start.png"} | ({"mask": tmp_path / "mask.png"} if masked else {})
     equal(drawn(generator, 3, prompt_strength=0.7, **given), expected)
+
+
+@pytest.mark.parametrize("tiny_model", ["sd", "xl", "flux"], indirect=True)
+def test_half_precision_draws_too(tiny_model):
+    source = str(tiny_model)
+    family = families.family_class(source).load(source, frozenset({DENOISER, TEXT, VAE}), torch.bfloat16)
+    with torch.no_grad():
+        text = family.pipeline_inputs(family.encode_text([PROMPT]), family.null_conditioning())
+        guidance = family.guidance_inputs(2.0, "")
+        (picture,) = family.pipeline()(**text, **guidance, **SIZE, num_inference_steps=2).images
+    assert np.ptp(np.asarray(picture, np.int16)) > 20
 
 
 @FLUX
@@ -157,6 +169,26 @@ def test_a_published_checkpoint_is_known_by_its_layers(tmp_path):
     artifact.save_tensors(path, {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)})
     assert families.pipeline_name(str(path)) == "FluxPipeline"
     assert families.family_class(str(path)).geometry(str(path)).resolution == 1024
+
+
+@BOTH
+def test_a_published_checkpoint_takes_its_other_parts_from_the_hub(tiny_model, tmp_path, monkeypatch):
+    guided, asked = tiny_model.name == "flux", []
+    keys = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}
+    keys |= {"guidance_in.in_layer.weight": torch.zeros(1)} if guided else {}
+    artifact.save_tensors(tmp_path / "flux1.safetensors", keys)
+    monkeypatch.setattr(flux, "DEV" if guided else "SCHNELL", str(tiny_model))
+    whole = stock(tiny_model).transformer
+
+    def from_single_file(path: str, **given: Any) -> Any:
+        asked.append((path, given["config"], given["subfolder"]))
+        return whole
+
+    monkeypatch.setattr(flux.FluxTransformer2DModel, "from_single_file", from_single_file)
+    source = str(tmp_path / "flux1.safetensors")
+    family = families.family_class(source).load(source, frozenset({DENOISER, TEXT, VAE}), torch.float32)
+    assert asked == [(source, str(tiny_model), "transformer")]
+    assert family.module("transformer") is whole and len(family.text) == 2 and family.guided == guided
 
 
 @FLUX
