@@ -144,8 +144,9 @@ class PipelineFamily(Family):
         pipeline_class = getattr(diffusers, self.pipelines[task])
         known = pipeline_class._get_signature_keys(pipeline_class)[0]
         if self._pipe.vae is not None:
-            # it is handed the denoiser's dtype; pipelines whose VAE overflows in fp16 cast it themselves
-            self._pipe.vae.to(self.dtype)
+            with _quietly():
+                # it is handed the denoiser's dtype; pipelines whose VAE overflows in fp16 cast it themselves
+                self._pipe.vae.to(self.dtype)
         parts = {name: part for name, part in self._pipe.components.items() if name in known}
         pipe = pipeline_class(**parts, **self.pipeline_options)
         pipe.set_progress_bar_config(disable=True)
