@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.branches import BranchPlan, Placement
 from trainer.families.flux import CONDITION_TARGETS
-from trainer.families.flux_branches import Branches, Condition, Conditions
+from trainer.families.flux_branches import Branches, Condition, Conditions, remove_branches
 from trainer.methods.adapters import inject
 
 TEXT, BATCH = 5, 2
@@ -175,7 +175,7 @@ def test_without_conditions_it_is_the_stock_model_and_so_it_is_afterwards(net):
         assert torch.equal(net(**given).sample, expected)
         with branches.on(Conditions(pictures(1), strength=0.0)):
             torch.testing.assert_close(net(**given).sample, expected)
-        branches.remove()
+        remove_branches(net)
         assert torch.equal(net(**given).sample, adapted) and not torch.equal(adapted, expected)
     assert "forward" not in net.__dict__ and "forward" not in net.transformer_blocks[0].__dict__
 
@@ -203,9 +203,7 @@ def test_a_condition_does_not_see_another(net, monkeypatch):
                 net(**given)
             (store,) = stores.values()
             seen[name] = [pair for layer in range(4) for pair in store.read(layer)]
-            net.__dict__.pop("forward")
-            for block in (*net.transformer_blocks, *net.single_transformer_blocks):
-                block.__dict__.pop("forward")
+            remove_branches(net)
     for layer in range(4):
         for one, other in zip(seen["a"][2 * layer], seen["b"][2 * layer], strict=True):
             assert torch.equal(one, other)

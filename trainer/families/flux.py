@@ -34,7 +34,7 @@ from trainer.families.base import (
     Geometry,
     Net,
 )
-from trainer.families.flux_branches import Branches, Condition, Conditions
+from trainer.families.flux_branches import Branches, Condition, Conditions, remove_branches
 from trainer.families.pipeline_family import PipelineFamily
 from trainer.objectives import Flow
 from trainer.samples import Conditioning
@@ -172,11 +172,11 @@ class Flux(PipelineFamily):
         return CONDITION_TARGETS, rf"single_transformer_blocks\.{last}\.(?:attn\.to_q|proj_mlp|proj_out)"
 
     def add_branches(self, layout: Layout) -> None:
+        self.remove_branches()
         self.branches, self._layout = Branches(self._pipe.transformer), layout
 
     def remove_branches(self) -> None:
-        if self.branches is not None:
-            self.branches.remove()
+        remove_branches(self._pipe.transformer)
         self.branches = self._layout = None
 
     @contextmanager

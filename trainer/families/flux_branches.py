@@ -80,13 +80,6 @@ class Branches:
             block.forward = partial(_single, block, index, block.forward)
         _route(net, on=False)
 
-    def remove(self) -> None:
-        """Give the transformer and its blocks their own forward back."""
-        net = self.transformer
-        for module in (net, *net.transformer_blocks, *net.single_transformer_blocks):
-            module.__dict__.pop("forward", None)
-        _route(net, on=True)
-
     @contextmanager
     def on(self, conditions: Conditions) -> Iterator[None]:
         """Inside, the transformer is conditioned."""
@@ -152,6 +145,16 @@ class Branches:
             rotary += [net.pos_embed(_ids(one)) for one in chosen.pictures]
         last = (net.single_transformer_blocks or net.transformer_blocks)[-1]
         return _Step(plan, tembs, rotary, chosen.strength, store, last)
+
+
+def remove_branches(net: FluxTransformer2DModel) -> None:
+    """Give the transformer and its blocks their own forward back, also where putting them in was stopped halfway."""
+    for module in (net, *net.transformer_blocks, *net.single_transformer_blocks):
+        forward = module.__dict__.get("forward")
+        ours = (getattr(forward, "func", None), getattr(forward, "__func__", None))
+        if {_double, _single, Branches._forward} & set(ours):
+            del module.forward
+    _route(net, on=True)
 
 
 def _packed(condition: Condition, like: Tensor) -> Tensor:
