@@ -94,12 +94,16 @@ def stem_of(module: str) -> tuple[str, int]:
 
 
 def to_own_names(tensors: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
-    """Keys of the first code's layers -> lora_transformer_ with diffusers' names; all other keys as they are."""
+    """Keys of the first code's layers -> lora_transformer_ with diffusers' names; all other keys as they are, those of
+    layers that this transformer has not among them.
+    """
+    there = {name for name, _ in transformer.named_modules()}
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         stem, part = _layer_of(key)
-        if modules_of(stem):
+        modules = modules_of(stem)
+        if modules and there.issuperset(modules):
             layers[stem][part] = tensor
         else:
             named[key] = tensor
