@@ -17,8 +17,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,12 +30,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
+from tests.trainer.flux_models import tiny_pipeline, tiny_transformer
 from trainer import families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
@@ -146,54 +142,6 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_t5_tokenizer() -> T5Tokenizer:
-    """Letters of ASCII only."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    letters = [("▁", -3.0), *((chr(code), -4.0) for code in range(33, 127))]
-    return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=48)
-
-
-def tiny_flux_pipeline(guided: bool, transformer: FluxTransformer2DModel | None = None) -> FluxPipeline:
-    """A FluxPipeline of 32x32 pictures with 16x16 latents; shift and dynamic shifting as dev's where `guided`."""
-    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_t5_tokenizer()
-    vae = tiny_vae()
-    vae.register_to_config(shift_factor=0.12, scaling_factor=0.36)
-    t5 = T5Config(
-        vocab_size=len(tokenizer_2) + 5,  # padded, as the published one is
-        d_model=24,
-        d_kv=8,
-        num_heads=2,
-        d_ff=32,
-        num_layers=2,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
-    return FluxPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=tokenizer_2,
-        transformer=transformer or tiny_transformer(guided),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided),
-    )
-
-
-def tiny_transformer(guided: bool) -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=32,
-        guidance_embeds=guided,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
 @pytest.fixture(scope="session")
 def build_transformer() -> Callable[[bool], FluxTransformer2DModel]:
     """Makes FLUX's transformer with or without built-in guidance."""
@@ -202,7 +150,9 @@ def build_transformer() -> Callable[[bool], FluxTransformer2DModel]:
 
 def save_flux(folder: Path, guided: bool) -> Path:
     torch.manual_seed(0)
-    tiny_flux_pipeline(guided).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    encoder = CLIPTextModel(tiny_text_config(tokenizer))
+    tiny_pipeline(guided, (tokenizer, encoder), tiny_vae()).save_pretrained(folder)
     (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 
