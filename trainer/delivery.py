@@ -12,16 +12,18 @@ from preprocessing.prepared import CAPTIONS, PreparedDataset
 from trainer import artifact, families
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
+from trainer.evaluation.summary import Summary
 from trainer.families.base import Family
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
-from trainer.report import Preview, ReportData, write_report
+from trainer.preview import Gallery
+from trainer.report import ReportData, Verdict, write_report
 
 
 def save_weights(
     folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
 ) -> None:
-    """Write manifest, weights, exports, settings, captions and metrics; `run` is the settings and the last step."""
+    """Write manifest, weights and exports: what `predict` needs. `run` is the settings and the step."""
     settings, step = run
     manifest = Manifest(
         base_model=settings.base_model,
@@ -44,6 +46,10 @@ def save_weights(
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         (folder / "comfyui").mkdir()
         family.export_comfyui(folder / "comfyui" / "adapter.safetensors", tensors, manifest)
+
+
+def add_papers(folder: Path, dataset: PreparedDataset, settings: JobSettings) -> None:
+    """Put settings, captions and metrics beside the weights."""
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     dataset.write_captions(folder / CAPTIONS)
@@ -51,21 +57,32 @@ def save_weights(
 
 
 def add_report(
-    folder: Path, dataset: PreparedDataset, settings: JobSettings, previews: list[Preview], seconds: dict[str, float]
+    folder: Path,
+    dataset: PreparedDataset,
+    settings: JobSettings,
+    shown: tuple[Summary, Gallery],
+    seconds: dict[str, float],
 ) -> Path:
-    """Put the previews and the report beside the weights; the report also lands in output_dir. Returns its path."""
+    """Put scores, previews and the report beside the weights; the report also lands in output_dir. Returns its path."""
+    summary, gallery = shown
+    manifest = artifact.read_manifest(folder).model_copy(
+        update={"scores": summary.scores(), "chosen": summary.sentences()[0]}
+    )
+    artifact.write_manifest(folder, manifest)
+    (folder / artifact.EVALUATION).write_text(summary.model_dump_json(indent=2), encoding="utf-8")
     (folder / "samples").mkdir()
-    for preview in previews:
+    for preview in gallery.previews:
         for path in (preview.base, preview.adapted):
             if path is not None:
                 shutil.copyfile(path, folder / "samples" / path.name)
     report = settings.output_dir / "report.html"
     data = ReportData(
-        manifest=artifact.read_manifest(folder),
+        manifest=manifest,
         dataset=dataset,
         metrics=read_metrics(folder / METRICS_FILE),
-        previews=previews,
+        previews=gallery.previews,
         stage_seconds=seconds,
+        verdict=Verdict(summary, gallery.strengths, gallery.grid, gallery.nearest),
     )
     write_report(report, data)
     shutil.copyfile(report, folder / report.name)

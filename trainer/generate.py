@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from preprocessing.errors import UserError
-from preprocessing.trigger import trigger_pattern
+from preprocessing.trigger import without_trigger
 from trainer import artifact, families, foreign, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -168,8 +168,8 @@ class Generator:
             scale = 0.5 + 0.5 * max(settings.lora_scale, 0.0) ** 0.4
         if scale == 1 or words == prompts or self.manifest is None:
             return encoded
-        pattern, class_word = trigger_pattern(self.manifest.trigger_word), self.manifest.class_word
-        plain = self.family.encode_text([" ".join(pattern.sub(lambda _: class_word, p).split()) for p in prompts])
+        trigger, class_word = self.manifest.trigger_word, self.manifest.class_word
+        plain = self.family.encode_text([without_trigger(prompt, trigger, class_word) for prompt in prompts])
         return {name: torch.lerp(plain[name], value, scale) for name, value in encoded.items()}
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:
