@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families
+from trainer import artifact, families, ui_files
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import Family
@@ -40,10 +40,10 @@ def save_weights(
     )
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)
-    if manifest.nets:
-        tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
-        (folder / "comfyui").mkdir()
-        family.export_comfyui(folder / "comfyui" / "adapter.safetensors", tensors, manifest)
+    tensors = artifact.load_tensors(folder / artifact.ADAPTER)[0] if manifest.nets else {}
+    rows = artifact.load_tensors(folder / artifact.EMBEDDINGS)[0] if manifest.tokens else {}
+    if tensors or rows:
+        ui_files.write(folder / ui_files.FOLDER, family, manifest, tensors, rows)
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     dataset.write_captions(folder / CAPTIONS)

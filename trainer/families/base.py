@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer.artifact import Manifest
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks in a repository
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
 
 
@@ -46,10 +48,18 @@ class TextTower:
 
 
 class Family(ABC):
-    """A loaded base model. It lies on one device; its weights are frozen until a method attaches."""
+    """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
+
+    What other programs call its weights is the family's to say, too: `export_comfyui` and `ui_embedding_keys` for the
+    files in comfyui/, `save_single_file` for a whole checkpoint, `card_tags` and `how_to` for the model card. All but
+    the first have a default.
+    """
 
     name: ClassVar[str]
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
     objective: Objective
     nets: tuple[Net, ...]
     device: torch.device
@@ -123,6 +133,27 @@ class Family(ABC):
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
+
+    def describe(self) -> dict[str, str]:
+        """What the headers of exported files need to know of the loaded model: diffusers' prediction_type."""
+        return {}
+
+    def save_single_file(self, path: Path) -> None:
+        """Write the model as one checkpoint file with the original program's keys; UserError where there is none."""
+        raise UserError(f"a {self.name} is not written as one file: leave single_file out, the folder is complete.")
+
+    @classmethod
+    def how_to(cls, repository: str, manifest: Manifest, files: frozenset[str]) -> str:
+        """Python that draws with the weights in diffusers, for the model card. `files` are those of the repository."""
+        code = [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{manifest.base_model}", torch_dtype=torch.float16).to("cuda")',
+        ]
+        if LORA_FILE in files:
+            code.append(f'pipe.load_lora_weights("{repository}", weight_name="{LORA_FILE}")')
+        return "\n".join([*code, f'picture = pipe("a photo of {manifest.trigger_word}").images[0]'])
 
     def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
         """The weighted, masked denoising loss: mean over the batch, a scalar."""

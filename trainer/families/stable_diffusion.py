@@ -59,6 +59,8 @@ class StableDiffusion(Family):
         INPAINT: "StableDiffusionInpaintPipeline",
     }
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {
             "max_train_steps": 800,
@@ -199,7 +201,10 @@ class StableDiffusion(Family):
         return {"prompt_embeds": conditioning["context"], "negative_prompt_embeds": negative["context"]}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        kohya.save(path, tensors, manifest, two_text_encoders=len(self.towers) == 2)
+        kohya.save(path, tensors, manifest, len(self.towers) == 2, self.objective.scheduler.config.prediction_type)
+
+    def describe(self) -> dict[str, str]:
+        return {"prediction_type": self.objective.scheduler.config.prediction_type}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -216,6 +221,11 @@ class StableDiffusionXL(StableDiffusion):
         ("tokenizer", "text_encoder", "clip_l"),
         ("tokenizer_2", "text_encoder_2", "clip_g"),
     )
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {
+        "clip_l": ("clip_l", "clip_l"),
+        "clip_g": ("clip_g", "clip_g"),
+    }
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": StableDiffusion.recommended["any"] | {"train_batch_size": 2},
         "full": {"learning_rate": 4e-6},
