@@ -72,6 +72,11 @@ class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
     base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    init_adapter: str | None = Field(
+        None,
+        description="Weights that training starts from: an archive, folder, LoRA file, URL or Hub id, ours or not. "
+        "Rank, alpha, layers and tokens are taken from it.",
+    )
     output_dir: Path = Field(Path("outputs/train"), description="Everything the job writes goes here.")
     seed: int = Field(0, ge=0, lt=2**63, description="The same seed gives the same weights on the same machine.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,11 +19,18 @@ from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.report import Preview, ReportData, write_report
 
 
-def save_weights(
-    folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
-) -> None:
-    """Write manifest, weights, exports, settings, captions and metrics; `run` is the settings and the last step."""
-    settings, step = run
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended: its settings, its last step, and what it began with (see trainer.start)."""
+
+    settings: JobSettings
+    step: int
+    started_from: dict[str, str] = field(default_factory=dict)
+
+
+def save_weights(folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: Run) -> None:
+    """Write manifest, weights, exports, settings, captions and metrics."""
+    settings = run.settings
     manifest = Manifest(
         base_model=settings.base_model,
         base_hash=families.fingerprint(settings.base_model),
@@ -33,10 +41,11 @@ def save_weights(
         class_word=settings.class_word,
         settings=settings.model_dump(mode="json"),
         dataset_hash=dataset.dataset_hash,
-        step=step,
+        step=run.step,
         created=datetime.now(UTC),
         libraries=artifact.library_versions(),
         nets=method.nets(),
+        started_from=run.started_from,
     )
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)

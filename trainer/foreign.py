@@ -27,7 +27,7 @@ from trainer import artifact
 from trainer.adapter_keys import Adapter, read_adapter
 from trainer.artifact import ADAPTER, EMBEDDINGS, MANIFEST, Manifest
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import TEXT, Family
 from trainer.ui_files import BUNDLE
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
@@ -202,7 +202,8 @@ def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> No
     method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"
     given = {"input_images": "elsewhere", "base_model": base_model, "method": method, "trigger_word": word}
     given |= {"n_tokens": count} if count else {}
-    given |= {"train_text_encoder": True} if method == "lora" and len(adapter.nets.keys() - {"unet"}) else {}
+    text = {net.name for net in family.nets if net.part == TEXT}
+    given |= {"train_text_encoder": True} if method == "lora" and adapter.nets.keys() & text else {}
     try:
         settings = JobSettings.model_validate(given)
     except ValueError as error:

@@ -28,7 +28,7 @@ from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
 from preprocessing.sources import is_dataset
 from preprocessing.trigger import trigger_pattern
-from trainer import artifact, cache, delivery, families, methods, preflight
+from trainer import artifact, cache, delivery, families, methods, preflight, start
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
@@ -96,6 +96,8 @@ class Loaded:
     family: Family
     method: Method
     stages: Stages
+    settings: JobSettings  # as asked for, with what init_adapter decides
+    started_from: dict[str, str]  # init_adapter and the hash of its weights, or nothing
 
 
 def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
@@ -110,6 +112,7 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
+        settings = parts.settings
         dataset, weights = parts.dataset, fit(parts, settings)
     del parts
     if weights is None:
@@ -126,6 +129,7 @@ def dry_run(settings: JobSettings) -> DryRun | None:
     settings = fill(settings)
     stages = Stages(lambda stage, done, total: None, lambda row, total: None)
     with loaded(settings.model_copy(update={"report_to": "none"}), stages) as parts:
+        settings = parts.settings
         largest = preflight.of_largest_size(parts.dataset, settings)
         with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
             few = preflight.few_steps(settings, Path(scratch))
@@ -150,17 +154,22 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
-        method = methods.create(settings)
         with stages.stage("load"):
-            dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
+            whole = methods.METHODS[settings.method].trains_base_weights
+            dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
             family = families.family_class(settings.base_model).load(
                 settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
             )
             family.to(accelerator.device)
-        try:
-            yield Loaded(accelerator, dataset, family, method, stages)
-        finally:
-            method.detach(family)
+        with start.opened(settings, family) as begun:
+            settings = settings if begun is None else start.agreed(settings, begun, family)
+            method = methods.create(settings)
+            if begun is not None:
+                method.begin_from(begun.folder)
+            try:
+                yield Loaded(accelerator, dataset, family, method, stages, settings, begun.told if begun else {})
+            finally:
+                method.detach(family)
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=False)  # the next job may choose another precision
@@ -172,6 +181,9 @@ def fill(settings: JobSettings) -> JobSettings:
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     source = settings.base_model
     suits = families.recommended(source, settings.method)
+    if settings.init_adapter is not None:
+        start.check(settings.init_adapter)
+        suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
     suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
     settings = settings.filled(suits)
     if settings.captioner == "auto":
@@ -258,6 +270,7 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
+        "started_from": parts.started_from,
     }
     plan = Plan(
         module=TrainStep(family, method, cached, settings),
@@ -285,7 +298,8 @@ def fit(parts: Loaded, settings: JobSettings) -> tempfile.TemporaryDirectory | N
         return None
     with stages.stage("save"):
         weights = tempfile.TemporaryDirectory(prefix="weights-")
-        delivery.save_weights(Path(weights.name), parts.family, parts.method, parts.dataset, (settings, step))
+        run = delivery.Run(settings, step, parts.started_from)
+        delivery.save_weights(Path(weights.name), parts.family, parts.method, parts.dataset, run)
     return weights
 
 

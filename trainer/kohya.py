@@ -81,7 +81,7 @@ def to_kohya(state: dict[str, torch.Tensor], nets: LoraConfigs, two_text_encoder
 
 
 def header(state: dict[str, torch.Tensor], manifest: Manifest, prediction_type: str | None = None) -> dict[str, str]:
-    """What kohya's tools and model managers read from the file's header: trigger, base, rank, alpha, how it was trained.
+    """What kohya's tools and model managers read from the file's header: trigger, base, rank, alpha, training.
 
     ModelSpec's fields (https://github.com/Stability-AI/ModelSpec) and kohya's ss_*. The base is named where the width
     of the cross-attention tells it, and left out for others (the toybox's). `prediction_type`: diffusers' name.

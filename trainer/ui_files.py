@@ -28,7 +28,9 @@ def embedding_name(trigger: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", trigger).lstrip("-")[:64] or "embedding"
 
 
-def write(folder: Path, family: Family, manifest: Manifest, tensors: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+def write(
+    folder: Path, family: Family, manifest: Manifest, tensors: dict[str, Tensor], rows: dict[str, Tensor]
+) -> None:
     """Write LoRA `tensors` (keys as in adapter.safetensors) and `rows` (as in embeddings.safetensors) into `folder`.
 
     Either may be empty; the bundle is written where there are both. Raises as `Family.export_comfyui` does.

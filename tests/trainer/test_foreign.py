@@ -16,30 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preprocessing.errors import UserError
-from trainer import artifact, delivery, foreign
+from trainer import artifact, foreign
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
-from trainer.metrics import METRICS_FILE
 
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
 SD_ONLY = pytest.mark.parametrize("tiny_model", ["sd"], indirect=True)
 
 
 @pytest.fixture
-def trained(lab, create, dataset, tmp_path) -> Callable[..., Path]:
+def trained(train_variant) -> Callable[..., Path]:
     """Trains a variant a little; gives the folder of its archive."""
-
-    def made(variant: str, **changes: Any) -> Path:
-        method = create(variant, **changes)
-        lab.train(method)
-        folder = tmp_path / f"ours-{variant}"
-        folder.mkdir()
-        method.settings.output_dir.mkdir(exist_ok=True)
-        (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 3))
-        return folder
-
-    return made
+    return lambda variant, **changes: train_variant(variant, **changes)[0]
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,8 @@ def test_a_zip_becomes_an_archive_a_report_and_pictures(method, small, tiny_mode
     expected |= {"adapter.safetensors"} if method != "textual_inversion" else set()
     expected |= {"embeddings.safetensors"} if method in ("pivotal", "textual_inversion") else set()
     expected |= {"comfyui/adapter.safetensors"} if method in ("pivotal", "lora") else set()
+    expected |= {"comfyui/embeddings/TOK.safetensors"} if method in ("pivotal", "textual_inversion") else set()
+    expected |= {"comfyui/adapter_with_embeddings.safetensors"} if method == "pivotal" else set()
     assert set(files) == expected
     check_manifest(files, chosen, result)
     check_captions(files, chosen)

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from preprocessing.errors import UserError
-from trainer import artifact, delivery
+from trainer import artifact
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 from trainer.methods.base import Method
-from trainer.metrics import METRICS_FILE
 
 # both models have text and a denoiser alike; XL has two encoders and pooled text beside
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
@@ -29,17 +28,11 @@ CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 
 
 @pytest.fixture
-def save(lab, create, dataset, tmp_path) -> Callable[..., tuple[Path, Method]]:
-    """Trains a variant a little and packs it; gives the archive and the method, still attached."""
+def save(train_variant) -> Callable[..., tuple[Path, Method]]:
+    """Trains a variant a little and packs it; gives the archive (its folder lies beside it) and the attached method."""
 
     def saved(variant: str, **changes: Any) -> tuple[Path, Method]:
-        method = create(variant, **changes)
-        lab.train(method)
-        folder = tmp_path / f"weights-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        method.settings.output_dir.mkdir(exist_ok=True)
-        (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 3))
+        folder, method = train_variant(variant, **changes)
         archive = folder.with_suffix(".tar")
         artifact.write(folder, archive)
         return archive, method

@@ -49,6 +49,13 @@ class Method(ABC):
     def detach(self, family: Family) -> None:
         """Leave the family bit-identical to before `attach` or `load`."""
 
+    def begin_from(self, folder: Path) -> None:
+        """Have `attach` start from an opened archive's weights, which lies there until then. UserError where it cannot.
+
+        The settings agree with the archive already (trainer.start).
+        """
+        raise UserError(f"method {self.name} cannot start from other weights: leave init_adapter out.")
+
     def schedule(self, progress: float) -> dict[str, float]:
         """Factor of each group's learning rate at `progress` in [0, 1) of the run; 0 freezes the group."""
         return {}

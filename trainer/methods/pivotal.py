@@ -30,6 +30,10 @@ class Pivotal(Method):
         super().__init__(settings)
         self._tokens, self._lora = TextualInversion(settings), Lora(settings)
 
+    def begin_from(self, folder: Path) -> None:
+        self._lora.begin_from(folder)
+        self._tokens.begin_from(folder)
+
     def attach(self, family: Family) -> list[ParameterGroup]:
         return [*self._lora.attach(family), *self._tokens.attach(family)]
 
