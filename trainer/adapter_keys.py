@@ -99,9 +99,9 @@ def read_adapter(
     configs = _stored_configs(header, peft_config)
     state, nets = {}, {}
     for net in sorted({net for net, _ in found}):
-        live = _layers(family.module(net))
+        live = layers(family.module(net))
         own = {module: parts for (other, module), parts in found.items() if other == net}
-        nets[net] = _config(own, configs.get(net) or {})
+        nets[net] = lora_config_of(own, configs.get(net) or {})
         for module, parts in own.items():
             for part in parts.keys() - {ALPHA}:
                 state[f"{net}.{module}.{part}"] = _shaped(parts[part], part, live[module])
@@ -126,11 +126,11 @@ def _nearest(key: str, kohya: bool, family: Family) -> str:
         known = {
             prefix + name.replace(".", "_")
             for prefix, net in KOHYA_NETS.items()
-            for name in (_layers(family.module(net)) if net in {one.name for one in family.nets} else ())
+            for name in (layers(family.module(net)) if net in {one.name for one in family.nets} else ())
             if stem.startswith(prefix)
         }
     else:
-        known = {f"{net.name}.{name}" for net in family.nets for name in _layers(family.module(net.name))}
+        known = {f"{net.name}.{name}" for net in family.nets for name in layers(family.module(net.name))}
     near = difflib.get_close_matches(stem, sorted(known), n=1)
     return f" (nearest: {near[0]}{'.' if rest else ''}{rest})" if near else ""
 
@@ -146,14 +146,14 @@ def _modules(family: Family) -> dict[str, dict[str, str]]:
     spellings: dict[str, dict[str, str]] = {}
     for net in family.nets:
         spellings[net.name] = names = {}
-        for name in _layers(family.module(net.name)):
+        for name in layers(family.module(net.name)):
             plain = name.removeprefix("text_model.")
             for spelt in (name, plain, f"text_model.{plain}"):
                 names[spelt] = names[spelt.replace(".", "_")] = name
     return spellings
 
 
-def _layers(net: nn.Module) -> dict[str, nn.Module]:
+def layers(net: nn.Module) -> dict[str, nn.Module]:
     """A net's own layers by name, also while peft's are around them: weights are read before those in use go."""
     return {
         name.removesuffix(".base_layer"): module
@@ -245,7 +245,7 @@ def _stored_configs(header: Mapping[str, str], peft_config: Mapping[str, Any]) -
     return stored
 
 
-def _config(modules: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Any]) -> dict[str, Any]:
+def lora_config_of(modules: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The LoraConfig of one net: the commonest rank and alpha, and the others by module."""
     from trainer.kohya import alpha_of
 

@@ -16,7 +16,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,10 +24,11 @@ from torch import Tensor
 from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.adapter_keys import Adapter, read_adapter
-from trainer.artifact import ADAPTER, EMBEDDINGS, MANIFEST, Manifest
+from trainer.artifact import MANIFEST
 from trainer.config import JobSettings
 from trainer.families.base import TEXT, Family
 from trainer.ui_files import BUNDLE
+from trainer.weights import Weights, manifest_for
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
 # other programs' names -> ours: cog-sdxl's, A1111's, those in a bundle
@@ -208,21 +208,5 @@ def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> No
         settings = JobSettings.model_validate(given)
     except ValueError as error:
         raise UserError(f"The weights have the trigger word {word!r:.60}, and one word is wanted.") from error
-    manifest = Manifest(
-        base_model=base_model,
-        base_hash="",
-        family=family.name,
-        method=method,
-        trigger_word=word,
-        tokens=tuple(f"<s{i}>" for i in range(count)),
-        settings=settings.model_dump(mode="json"),
-        dataset_hash="",
-        step=0,
-        created=datetime.now(UTC),
-        nets=adapter.nets,
-    )
-    artifact.write_manifest(folder, manifest)
-    if parts.weights:
-        artifact.save_tensors(folder / ADAPTER, adapter.tensors)
-    if parts.rows:
-        artifact.save_tensors(folder / EMBEDDINGS, parts.rows)
+    manifest = manifest_for(family, base_model, settings, adapter.nets)
+    Weights(manifest, adapter.tensors, parts.rows).write(folder)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preprocessing.errors import UserError
+from tests.trainer.pictures import drawn
 from trainer import artifact, foreign
-from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
@@ -35,23 +35,17 @@ def generator(tiny_model: Path) -> Generator:
     return Generator(str(tiny_model), "cpu")
 
 
-def drawn(generator: Generator, weights: Path) -> np.ndarray:
+def with_weights(generator: Generator, weights: Path) -> np.ndarray:
     generator.use(weights)
-    settings = DrawSettings(prompt="TOK on a hill", token_scale=1.0, num_inference_steps=2, guidance_scale=5.0)
-    return np.asarray(generator.draw_prompts(["TOK on a hill"], [4], settings)[0], dtype=np.int16)
+    return drawn(generator)
 
 
 def same(generator: Generator, ours: Path, theirs: Path, levels: int = 0) -> None:
-    expected = drawn(generator, ours)
+    expected = with_weights(generator, ours)
     generator.release()
-    base = drawn_base(generator)
+    base = drawn(generator)
     assert np.abs(expected - base).max() > levels  # there is something to be seen
-    assert np.abs(drawn(generator, theirs) - expected).max() <= levels
-
-
-def drawn_base(generator: Generator) -> np.ndarray:
-    settings = DrawSettings(prompt="TOK on a hill", num_inference_steps=2, guidance_scale=5.0)
-    return np.asarray(generator.draw_prompts(["TOK on a hill"], [4], settings)[0], dtype=np.int16)
+    assert np.abs(with_weights(generator, theirs) - expected).max() <= levels
 
 
 @pytest.mark.parametrize("variant", ["lora", "lora text"])
@@ -82,7 +76,7 @@ def test_pefts_own_folder(trained, generator: Generator, tmp_path: Path) -> None
     (theirs / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     same(generator, ours, theirs)
     (theirs / "adapter_config.json").unlink()  # without it alpha is taken for the rank
-    assert (drawn(generator, theirs) != drawn(generator, ours)).any()
+    assert (with_weights(generator, theirs) != with_weights(generator, ours)).any()
 
 
 def in_old_keys(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -158,11 +152,11 @@ def test_what_does_not_fit_is_refused(
     tensors: dict[str, Tensor], told: str, generator: Generator, tmp_path: Path
 ) -> None:
     generator.release()
-    before = drawn_base(generator)
+    before = drawn(generator)
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=told):
         generator.use(tmp_path / "x.safetensors")
-    assert (drawn_base(generator) == before).all()
+    assert (drawn(generator) == before).all()
 
 
 @SD_ONLY

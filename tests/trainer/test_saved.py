@@ -12,9 +12,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from preprocessing.errors import UserError
+from tests.trainer.pictures import PROMPT, drawn, stock_picture
 from trainer import artifact
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
@@ -23,8 +23,6 @@ from trainer.methods.base import Method
 # both models have text and a denoiser alike; XL has two encoders and pooled text beside
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
 SLOW = pytest.mark.slow
-PROMPT = "TOK on a hill"
-CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 
 
 @pytest.fixture
@@ -38,20 +36,6 @@ def save(train_variant) -> Callable[..., tuple[Path, Method]]:
         return archive, method
 
     return saved
-
-
-def drawn(generator: Generator, prompt: str = PROMPT, **changes: Any) -> np.ndarray:
-    settings = DrawSettings(**({"prompt": prompt, "token_scale": 1.0} | CALL | changes))
-    return pixels(generator.draw_prompts([prompt], [4], settings)[0])
-
-
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, dtype=np.int16)
-
-
-def stock_picture(pipe: Any, prompt: str) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    return pixels(pipe(prompt, generator=torch.Generator().manual_seed(4), **CALL).images[0])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from preprocessing.errors import UserError
 from trainer import kohya
 from trainer.artifact import Manifest
-from trainer.families import model_config, resolve
+from trainer.families import model_config, resolve, sd_checkpoint
 from trainer.families.base import (
     DENOISER,
     IMAGE_TO_IMAGE,
@@ -202,6 +202,9 @@ class StableDiffusion(Family):
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         kohya.save(path, tensors, manifest, len(self.towers) == 2, self.objective.scheduler.config.prediction_type)
+
+    def save_single_file(self, path: Path) -> None:
+        sd_checkpoint.save(path, self._pipe)
 
     def describe(self) -> dict[str, str]:
         return {"prediction_type": self.objective.scheduler.config.prediction_type}

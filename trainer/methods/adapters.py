@@ -47,6 +47,13 @@ def remove(module: nn.Module) -> None:
     module.requires_grad_(False)
 
 
+def merge(module: nn.Module) -> None:
+    """Add every adapter of a net to the weights it is on, for good."""
+    for layer in tuner_layers(module):
+        layer.merge()
+    remove(module)
+
+
 def tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 

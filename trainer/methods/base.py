@@ -90,6 +90,13 @@ class Method(ABC):
     def load(self, folder: Path, family: Family) -> None:
         """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
 
+    def merge(self, family: Family) -> str:
+        """Make the weights that `load` put in the family's own, for good: nothing is left to `detach`.
+
+        Returns the words by which a stock pipeline around the family calls the trigger. UserError where it cannot be.
+        """
+        raise UserError(f"weights trained by method {self.name} cannot be merged into a base model.")
+
     def set_strength(self, family: Family, strength: float) -> None:
         """Scale the adapter's effect; 0 is the base model's denoiser. Raises UserError where there is no scale."""
         if strength != 1:

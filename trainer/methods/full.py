@@ -70,6 +70,10 @@ class Full(Method):
         for name in sorted(names & {net.name for net in family.nets}):
             _fill(self._take(family, name), name, tensors)
 
+    def merge(self, family: Family) -> str:
+        self._originals = {}
+        return self.settings.trigger_word
+
     @torch.no_grad()
     def detach(self, family: Family) -> None:
         for name, original in self._originals.items():

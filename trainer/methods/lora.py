@@ -101,6 +101,12 @@ class Lora(Method):
             adapters.remove(family.module(name))
         self._family, self._nets, self._matrices = None, [], []
 
+    def merge(self, family: Family) -> str:
+        for name in self._nets:
+            adapters.merge(family.module(name))
+        self._family, self._nets, self._matrices = None, [], []
+        return self.settings.trigger_word
+
     def set_strength(self, family: Family, strength: float) -> None:
         for name in self._nets:
             adapters.set_scale(family.module(name), strength)

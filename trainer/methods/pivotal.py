@@ -72,5 +72,10 @@ class Pivotal(Method):
         self._tokens.detach(family)
         self._lora.detach(family)
 
+    def merge(self, family: Family) -> str:
+        words = self._tokens.merge(family)
+        self._lora.merge(family)
+        return words
+
     def set_strength(self, family: Family, strength: float) -> None:
         self._lora.set_strength(family, strength)

@@ -69,5 +69,8 @@ class TextualInversion(Method):
     def detach(self, family: Family) -> None:
         self._tokens.detach(family)
 
+    def merge(self, family: Family) -> str:
+        return self._tokens.merge(family, self.settings.trigger_word)
+
     def set_strength(self, family: Family, strength: float) -> None:
         """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""
