@@ -88,7 +88,8 @@ def export(settings: ExportSettings) -> list[str]:
             weights, told = _extracted_from_archive(settings, family, weights)
         elif weights.manifest.method == "full":
             raise UserError(
-                "weights of method full are whole nets, which these formats cannot hold: give --merge true or --extract."
+                "weights of method full are whole nets, which these formats cannot hold: give --merge true, or "
+                "--extract true and a rank."
             )
         elif settings.rank or settings.keep:
             weights, told = _resized(settings, weights)

@@ -28,15 +28,16 @@ def write_kohya(out: Path, family: Family, weights: Weights) -> list[Path]:
 def write_diffusers(out: Path, family: Family, weights: Weights) -> list[Path]:
     """The files that `load_lora_weights(out)` and `load_textual_inversion(out)` find.
 
-    Of one text encoder the embeddings are under the trigger word, by which the loader calls them. Of two they are by
-    encoder (clip_l, clip_g), and are loaded one at a time.
+    Of one text encoder the embeddings are under the trigger word, by which the loader calls them; in small letters,
+    for CLIP's tokenizer makes them so, and the pipeline then finds no others. Of two they are by encoder (clip_l,
+    clip_g), and are loaded one at a time.
     """
     written = []
     for name, tensors in ((LORA_FILE, weights.tensors), (DIFFUSERS_EMBEDDINGS, weights.rows)):
         if tensors:
             header = artifact.adapter_header(tensors, weights.manifest)
             if name == DIFFUSERS_EMBEDDINGS and len(tensors) == 1:
-                tensors = {weights.manifest.trigger_word: next(iter(tensors.values()))}
+                tensors = {weights.manifest.trigger_word.lower(): next(iter(tensors.values()))}
             artifact.save_tensors(out / name, tensors, header)
             written.append(out / name)
     return written

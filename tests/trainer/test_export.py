@@ -1,4 +1,4 @@
-"""What `trainer.export` writes: round trips to the bit, stock loaders that draw the same, merged models, command line."""
+"""What `trainer.export` writes: round trips to the bit, stock loaders that draw the same, merged models."""
 
 from __future__ import annotations
 
@@ -75,8 +75,16 @@ def test_round_trips_are_exact(variant, exported, lab, tiny_model) -> None:
     assert all(torch.equal(value, ours.tensors[key]) for key, value in found.tensors.items())
 
 
-@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", pytest.param("lora text", marks=SLOW)])
-@pytest.mark.parametrize("source", ["kohya", "diffusers"])
+@pytest.mark.parametrize(
+    ("variant", "source"),
+    [  # of kohya's keys diffusers' loader drops DoRA's magnitudes, with a warning: docs/interoperability.md says so
+        ("pivotal", "kohya"),
+        ("pivotal dora", "diffusers"),
+        pytest.param("pivotal", "diffusers", marks=SLOW),
+        pytest.param("lora text", "kohya", marks=SLOW),
+        pytest.param("lora text", "diffusers", marks=SLOW),
+    ],
+)
 def test_stock_loaders_draw_the_same_from_every_file(variant, source, exported, tiny_model) -> None:
     folder, out = exported(variant, format=source)
     generator = Generator(str(tiny_model), "cpu")
@@ -86,23 +94,23 @@ def test_stock_loaders_draw_the_same_from_every_file(variant, source, exported, 
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     kohya = source == "kohya"
     pipe.load_lora_weights(out / "comfyui" if kohya else out, weight_name="adapter.safetensors" if kohya else None)
-    embeddings = out / ("comfyui/embeddings/TOK.safetensors" if kohya else "learned_embeds.safetensors")
-    if embeddings.exists():
-        load_embeddings(pipe, embeddings)
-    assert np.abs(stock_picture(pipe) - expected).max() <= 1 < np.abs(expected - base).max()
+    if (folder / artifact.EMBEDDINGS).exists():
+        load_embeddings(pipe, out, "comfyui/embeddings/TOK.safetensors" if kohya else "learned_embeds.safetensors")
+    assert np.abs(stock_picture(pipe, "tok on a hill") - expected).max() <= 1 < np.abs(expected - base).max()
 
 
-def load_embeddings(pipe: Any, path: Path) -> None:
-    """As the model card says."""
+def load_embeddings(pipe: Any, out: Path, name: str) -> None:
+    """By the pipeline's own loader, which looks for small letters only where a token is of several vectors."""
     if not hasattr(pipe, "text_encoder_2"):
-        pipe.load_textual_inversion(path, token="TOK")
+        own = {} if name == "learned_embeds.safetensors" else {"token": "tok", "weight_name": name}
+        pipe.load_textual_inversion(out, **own)
         return
-    rows = load_file(path)
+    rows = load_file(out / name)
     for key, encoder, tokenizer in (
         ("clip_l", pipe.text_encoder, pipe.tokenizer),
         ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
     ):
-        pipe.load_textual_inversion(rows[key], token="TOK", text_encoder=encoder, tokenizer=tokenizer)
+        pipe.load_textual_inversion(rows[key], token="tok", text_encoder=encoder, tokenizer=tokenizer)
     pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 
 
@@ -176,18 +184,20 @@ def test_the_headers_say_what_readers_look_at(exported) -> None:
             assert (header["ss_seed"], header["ss_optimizer"], header["ss_learning_rate"]) == ("0", "adamw", "0.001")
 
 
-def run(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trainer.export", *argv], cwd=root, capture_output=True, text=True)
-
-
 @SD_ONLY
-def test_the_command(trained, root, tmp_path) -> None:
-    folder = trained("lora")
-    done = run(root, "--weights", str(folder), "--out", str(tmp_path / "new"), "--rank", "2", "--format", "kohya")
-    assert done.returncode == 0, done.stderr
-    assert "of the squared norm is kept" in done.stdout and "comfyui/adapter.safetensors" in done.stdout
-    again = run(root, "--weights", str(folder), "--out", str(tmp_path / "new"))
-    assert again.returncode == 2 and again.stderr.startswith("error: out ") and "not empty" in again.stderr
+def test_the_command(trained, tmp_path, capsys) -> None:
+    where = ["--weights", str(trained("lora")), "--out", str(tmp_path / "new")]
+    export.main([*where, "--rank", "2", "--format", "kohya"])
+    told = capsys.readouterr().out
+    assert "of the squared norm is kept" in told and "comfyui/adapter.safetensors" in told
+    with pytest.raises(UserError, match="not empty"):
+        export.main(where)
+
+
+def test_help_needs_no_heavy_library(root) -> None:
+    code = "import sys, trainer.export; print(sorted({'torch', 'diffusers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def save(path: Path, pipe: Any) -> None:
         state |= {f"conditioner.embedders.1.model.{key}": value for key, value in second.items()}
     elif pipe.text_encoder.config.hidden_act != "quick_gelu":
         raise UserError(
-            "a Stable Diffusion 2.x is not written as one file (its text encoder lost a layer on the way to diffusers): "
-            "leave single_file out, the folder is complete."
+            "a Stable Diffusion 2.x is not written as one file, since its text encoder lost a layer on the way to "
+            "diffusers: leave single_file out, the folder is complete."
         )
     else:
         state |= {f"cond_stage_model.transformer.{key}": value for key, value in first.items()}
