@@ -47,7 +47,7 @@ class FakeJob:
         archive = settings.output_dir / "trained_model.tar"
         if self.leaves_archive:
             archive.write_bytes(b"weights")
-        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html")
+        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html", pushed=None)
 
 
 @pytest.fixture

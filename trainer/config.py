@@ -90,6 +90,10 @@ class RunSettings(PrepareSettings):
         False, description="Stop before the training: prepare, measure a few steps, write prepared/report.html."
     )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
+    push_to_hub: str | None = Field(
+        None, description="Repository (owner/name) that gets the weights; the token is HF_TOKEN's or the login's."
+    )
+    hub_private: bool = Field(True, description="A repository that push_to_hub makes is private.")
     preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families, ui_files
+from trainer import artifact, families, hub, model_card, ui_files
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import Family
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
+from trainer.model_card import Place
 from trainer.report import Preview, ReportData, write_report
 
 
@@ -34,6 +35,7 @@ def save_weights(folder: Path, family: Family, method: Method, dataset: Prepared
     manifest = Manifest(
         base_model=settings.base_model,
         base_hash=families.fingerprint(settings.base_model),
+        base_license=hub.license_of(families.resolve(settings.base_model)),
         family=family.name,
         method=settings.method,
         trigger_word=settings.trigger_word,
@@ -79,3 +81,10 @@ def add_report(
     write_report(report, data)
     shutil.copyfile(report, folder / report.name)
     return report
+
+
+def add_card(folder: Path, settings: JobSettings, previews: list[Preview]) -> None:
+    """Put the model card beside the weights, and into output_dir; before it the samples must lie there."""
+    files = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    model_card.write(folder / artifact.CARD, artifact.read_manifest(folder), previews, Place(None, files))
+    shutil.copyfile(folder / artifact.CARD, settings.output_dir / artifact.CARD)

@@ -17,10 +17,37 @@ if TYPE_CHECKING:
 
 # owner/name, or owner/name/path/of/a/file.safetensors
 ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w./ -]+)?")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+TIMEOUT = 10  # seconds that a question which is not needed may take
 ARCHIVE = "trained_model.tar"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft write
 BESIDE = ("embeddings.pti", "special_params.json", "adapter_config.json")
 CHUNK = 2**20
+
+
+def is_repository(source: str) -> bool:
+    """Whether it could be a repository's name, and nothing of that name lies here."""
+    return REPOSITORY.fullmatch(source) is not None and not Path(source).exists()
+
+
+def license_of(source: str) -> str:
+    """The license that a base model's own card names: a folder's README.md, or a repository's; "" where none does."""
+    from huggingface_hub import HfApi, ModelCard
+    from yaml import YAMLError
+
+    card = Path(source) / "README.md"
+    try:
+        if card.is_file():
+            data = ModelCard.load(card).data
+        elif is_repository(source):
+            with _reached(source):
+                data = HfApi().model_info(source, timeout=TIMEOUT).card_data
+        else:
+            return ""
+    except (UserError, ValueError, YAMLError):  # no network, or a card without a header: then it is not known
+        return ""
+    name = getattr(data, "license", None)
+    return str((getattr(data, "license_name", None) if name == "other" else name) or name or "")
 
 
 def commit_of(source: str) -> str:

@@ -3,6 +3,7 @@
 prepared/            the PreparedDataset            metrics.jsonl   a row per step
 checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
 trained_model.tar    the archive of weights         report.html     the job in one page
+README.md            the model card
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
 from preprocessing.sources import is_dataset
 from preprocessing.trigger import trigger_pattern
-from trainer import artifact, cache, delivery, families, methods, preflight, start
+from trainer import artifact, cache, delivery, families, methods, preflight, publish, start
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
@@ -52,6 +53,7 @@ class JobResult:
     output_dir: Path
     samples: tuple[Path, ...]
     stage_seconds: dict[str, float]
+    pushed: publish.Pushed | None = None  # how a push to the Hub ended; the archive is whole either way
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
     if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
+    publish.check(settings)
     source = settings.base_model
     suits = families.recommended(source, settings.method)
     if settings.init_adapter is not None:
@@ -310,6 +313,11 @@ def finish(folder: Path, dataset: PreparedDataset, stages: Stages, settings: Job
     with stages.stage("preview"):
         previews = draw_previews(archive, settings, stages.progress)
     report = delivery.add_report(folder, dataset, settings, previews, stages.seconds)
+    delivery.add_card(folder, settings, previews)
     artifact.write(folder, archive)
+    pushed = None
+    if settings.push_to_hub is not None:
+        with stages.stage("push"):
+            pushed = publish.push(folder, archive, previews, settings)
     samples = tuple(preview.adapted for preview in previews)
-    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds))
+    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds), pushed)

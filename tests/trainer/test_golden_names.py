@@ -129,7 +129,7 @@ def golden(name: str) -> list[list[str]]:
 def exported(model: TrueSize) -> dict[str, str]:
     """kohya's name of each layer -> ours."""
     state = model.every_layer()
-    nets = dict.fromkeys(model.parts, {"lora_alpha": 2})
+    nets = {net: {"lora_alpha": 2} for net in model.parts}
     two = len(model.family.towers) == 2
     found = {}
     for key in state:
@@ -210,7 +210,7 @@ def test_published_original_names(sdxl) -> None:
     """Known from published checkpoints."""
     unet = sdxl.module("unet")
     for ours, theirs in {
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k": "input_blocks.4.1.transformer_blocks.0.attn1.to_k",
+        "down_blocks.1.attentions.0.proj_in": "input_blocks.4.1.proj_in",
         "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
         "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
         "add_embedding.linear_2": "label_emb.0.2",

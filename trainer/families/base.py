@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from trainer.artifact import Manifest
+from trainer.artifact import ADAPTER, Manifest
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
+
+if TYPE_CHECKING:
+    from trainer.model_card import Place
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks in a repository
@@ -143,17 +146,32 @@ class Family(ABC):
         raise UserError(f"a {self.name} is not written as one file: leave single_file out, the folder is complete.")
 
     @classmethod
-    def how_to(cls, repository: str, manifest: Manifest, files: frozenset[str]) -> str:
-        """Python that draws with the weights in diffusers, for the model card. `files` are those of the repository."""
+    def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
+        """Python that draws with the weights in diffusers, for the model card; `base_model` as others may read it."""
         code = [
             "import torch",
             "from diffusers import DiffusionPipeline",
+            *cls._imports_for(manifest, place),
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{manifest.base_model}", torch_dtype=torch.float16).to("cuda")',
+            f'pipe = DiffusionPipeline.from_pretrained("{base_model}", torch_dtype=torch.float16).to("cuda")',
         ]
-        if LORA_FILE in files:
-            code.append(f'pipe.load_lora_weights("{repository}", weight_name="{LORA_FILE}")')
-        return "\n".join([*code, f'picture = pipe("a photo of {manifest.trigger_word}").images[0]'])
+        if lora := place.first(LORA_FILE, ADAPTER):
+            code.append(f'pipe.load_lora_weights("{place.name}", weight_name="{lora}")')
+        code += cls._tokens_for(manifest, place)
+        words = "".join(manifest.tokens) or manifest.trigger_word
+        return "\n".join([*code, f'picture = pipe("a photo of {words}").images[0]'])
+
+    @classmethod
+    def _imports_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        download = ["from huggingface_hub import hf_hub_download"] if place.repository else []
+        return [*download, "from safetensors.torch import load_file"]
+
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        """Lines of Python that put the new tokens into `pipe`, where the weights have some."""
+        return []
 
     def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
         """The weighted, masked denoising loss: mean over the batch, a scalar."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer import kohya
-from trainer.artifact import Manifest
+from trainer.artifact import EMBEDDINGS, Manifest
 from trainer.families import model_config, resolve, sd_checkpoint
 from trainer.families.base import (
     DENOISER,
@@ -32,6 +32,9 @@ from trainer.families.base import (
 )
 from trainer.objectives import Ddpm
 from trainer.samples import Conditioning, Picture, Sample
+
+if TYPE_CHECKING:
+    from trainer.model_card import Place
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
@@ -202,6 +205,21 @@ class StableDiffusion(Family):
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         kohya.save(path, tensors, manifest, len(self.towers) == 2, self.objective.scheduler.config.prediction_type)
+
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        code = [f"rows = load_file({place.path(EMBEDDINGS)})", f"tokens = {list(manifest.tokens)}".replace("'", '"')]
+        for tokenizer, encoder, key in cls.towers:
+            code.append(
+                f'pipe.load_textual_inversion(list(rows["{key}"]), token=tokens, '
+                f"text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer})"
+            )
+        if len(cls.towers) == 2:  # its configuration says 2, which makes transformers pool at the largest id
+            tokenizer, encoder, _ = cls.towers[1]
+            code.append(f"pipe.{encoder}.text_model.eos_token_id = pipe.{tokenizer}.eos_token_id")
+        return code
 
     def save_single_file(self, path: Path) -> None:
         sd_checkpoint.save(path, self._pipe)
