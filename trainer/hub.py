@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # owner/name, or owner/name/path/of/a/file.safetensors
 ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w./ -]+)?")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-TIMEOUT = 10  # seconds that a question which is not needed may take
+TIMEOUT = 20  # seconds that the Hub may take to answer a question
 ARCHIVE = "trained_model.tar"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft write
 BESIDE = ("embeddings.pti", "special_params.json", "adapter_config.json")
@@ -107,7 +107,7 @@ def _info(source: str, commit: str | None = None) -> ModelInfo:
     from huggingface_hub import HfApi
 
     with _reached(source):
-        return HfApi().model_info(_split(source)[0], revision=commit)
+        return HfApi().model_info(_split(source)[0], revision=commit, timeout=TIMEOUT)
 
 
 @contextmanager

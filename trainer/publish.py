@@ -58,7 +58,7 @@ def check(settings: JobSettings) -> None:
 def push(
     folder: Path, archive: Path, previews: list[Preview], settings: JobSettings, seconds: float = LONGEST
 ) -> Pushed:
-    """Upload the finished weights in `folder`, packed as `archive`. What goes wrong with the Hub is told, not raised."""
+    """Upload the finished weights in `folder`, packed as `archive`. What goes wrong on the Hub is told, not raised."""
     repository = settings.push_to_hub
     with tempfile.TemporaryDirectory(prefix="push-") as name:
         _arrange(folder, archive, Path(name), repository, previews)
@@ -128,6 +128,6 @@ def _sentence(repository: str, error: Exception, archive: Path) -> str:
     if isinstance(error, TimeoutError):
         reason = str(error)
     return (
-        f"push_to_hub {repository} failed ({reason}), and nothing is lost: the weights are {archive}; check the token's "
-        "right to write and push the folder again, or run the same job with resume."
+        f"push_to_hub {repository} failed ({reason}), and nothing is lost: the weights are {archive}; check the "
+        "token's right to write and run the same job with resume, which pushes again."
     )

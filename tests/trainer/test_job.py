@@ -57,7 +57,7 @@ def test_a_zip_becomes_an_archive_a_report_and_pictures(method, small, tiny_mode
     result = job.train(chosen, lambda *step: seen.append(step))
     assert result.archive == chosen.output_dir / "trained_model.tar"
     files = members(result.archive)
-    expected = {"manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "report.html"}
+    expected = {"README.md", "manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "report.html"}
     expected |= {f"samples/{i:02d}_{kind}.png" for i in (0, 1) for kind in ("base", "adapted")}
     expected |= {"adapter.safetensors"} if method != "textual_inversion" else set()
     expected |= {"embeddings.safetensors"} if method in ("pivotal", "textual_inversion") else set()
