@@ -125,6 +125,43 @@ def test_cog_sdxls_archive(trained, generator: Generator, tmp_path: Path) -> Non
 
 
 @SD_ONLY
+def test_an_embedding_alone_in_every_spelling(trained, generator: Generator, tmp_path: Path) -> None:
+    ours = trained("inversion")
+    rows = load_file(ours / artifact.EMBEDDINGS)["clip_l"]
+    expected = with_weights(generator, ours)
+    for name, tensors in {
+        "A1111": {"emb_params": rows},
+        "in a bundle": {"bundle_emb.TOK.string_to_param.*": rows},
+        "diffusers": {"TOK": rows},
+    }.items():
+        save_file(tensors, tmp_path / "theirs.safetensors")
+        assert (with_weights(generator, tmp_path / "theirs.safetensors") == expected).all(), name
+        assert generator.manifest.trigger_word == "TOK"
+    save_file({"<robo>": rows[0]}, tmp_path / "one.safetensors")  # as textual_inversion.py of diffusers leaves it
+    generator.use(tmp_path / "one.safetensors")
+    assert generator.manifest.trigger_word == "<robo>" and len(generator.manifest.tokens) == 1
+    prompt = "a photo of <robo>"
+    assert (drawn(generator, prompt) == drawn(generator, "a photo of <s0>")).all()
+
+
+@SD_ONLY
+def test_lycoris_three_factors_of_a_convolution(generator: Generator, tmp_path: Path) -> None:
+    """What the file says by its own rule, alpha / rank * up x middle x down, is what is added to the weight."""
+    name, rank = "down_blocks.0.resnets.0.conv1", 3
+    weight = generator.family.module("unet").get_submodule(name).weight.detach().clone()
+    sizes = {"up": (weight.shape[0], rank, 1, 1), "mid": (rank, rank, 3, 3), "down": (rank, weight.shape[1], 1, 1)}
+    parts = {part: torch.randn(size) for part, size in sizes.items()}
+    stem = "lora_unet_" + name.replace(".", "_")
+    stored = {f"{stem}.lora_{part}.weight": value for part, value in parts.items()}
+    save_file(stored | {f"{stem}.alpha": torch.tensor(1.5)}, tmp_path / "x.safetensors")
+    generator.use(tmp_path / "x.safetensors")
+    layer = generator.family.module("unet").get_submodule(name)
+    up, middle, down = (parts[part].squeeze() for part in ("up", "mid", "down"))
+    expected = 1.5 / rank * torch.einsum("or,rskl,si->oikl", up, middle, down)
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+@SD_ONLY
 def test_old_keys_without_a_net(trained, generator: Generator, tmp_path: Path) -> None:
     ours = trained("lora", lora_alpha=None, lora_targets="attention")
     theirs = tmp_path / "old.safetensors"
@@ -143,6 +180,22 @@ MISFITS = [
     ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 2)}, "FLUX"),
     ({"clip_l": torch.ones(2, 5)}, "token embeddings clip_l"),
     ({"clip_l": torch.ones(5)}, "token embeddings"),
+]
+
+
+MISFITS += [
+    ({f"{KOHYA}.{ending}": torch.ones(2, 2)}, told)
+    for ending, told in (
+        ("hada_w2_b", r"are LoHa \(LyCORIS\), which is not read"),
+        ("lokr_w1", r"are LoKr \(LyCORIS\)"),
+        ("oft_blocks", "are OFT"),
+        ("on_input", r"are \(IA\)\^3"),
+        ("a1.weight", "are GLoRA"),
+        ("diff", "a difference of full weights"),
+    )
+] + [
+    ({"bundle_emb.A.clip_l": torch.ones(2, 32), "bundle_emb.B.clip_l": torch.ones(2, 32)} | PAIR, "several embeddings"),
+    ({"bundle_emb.A.clip_l_out": torch.ones(2, 32)} | PAIR, "'clip_l_out', which is not read"),
 ]
 
 
