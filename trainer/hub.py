@@ -21,7 +21,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TIMEOUT = 20  # seconds that the Hub may take to answer a question
 ARCHIVE = "trained_model.tar"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft write
-BESIDE = ("embeddings.pti", "special_params.json", "adapter_config.json")
+BESIDE = ("embeddings.safetensors", "embeddings.pti", "special_params.json", "adapter_config.json")
 CHUNK = 2**20
 
 
@@ -32,22 +32,21 @@ def is_repository(source: str) -> bool:
 
 def license_of(source: str) -> str:
     """The license that a base model's own card names: a folder's README.md, or a repository's; "" where none does."""
-    from huggingface_hub import HfApi, ModelCard
-    from yaml import YAMLError
+    import yaml
+    from huggingface_hub import HfApi
 
-    card = Path(source) / "README.md"
+    card, found = Path(source) / "README.md", {}
     try:
         if card.is_file():
-            data = ModelCard.load(card).data
+            header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+            found = (yaml.safe_load(header[1]) or {}) if header else {}
         elif is_repository(source):
             with _reached(source):
-                data = HfApi().model_info(source, timeout=TIMEOUT).card_data
-        else:
-            return ""
-    except (UserError, ValueError, YAMLError):  # no network, or a card without a header: then it is not known
+                found = HfApi().model_info(source, timeout=TIMEOUT).card_data or {}
+    except (UserError, ValueError, yaml.YAMLError):  # no network, or a damaged card: then it is not known
         return ""
-    name = getattr(data, "license", None)
-    return str((getattr(data, "license_name", None) if name == "other" else name) or name or "")
+    name = found.get("license") or ""
+    return str(found.get("license_name") or name) if name == "other" else str(name)
 
 
 def commit_of(source: str) -> str:
@@ -94,7 +93,7 @@ def wanted(source: str, names: list[str]) -> list[str]:
     chosen = [name for name in USUAL if name in weights][:1] or weights
     if not chosen:
         raise UserError(f"{repository} on the Hub holds no .safetensors file of weights; pickles are never read.")
-    return [*chosen, *(name for name in BESIDE if name in top)]
+    return list(dict.fromkeys([*chosen, *(name for name in BESIDE if name in top)]))
 
 
 def _split(source: str) -> tuple[str, str]:

@@ -273,7 +273,7 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
-        "started_from": parts.started_from,
+        "init_adapter_hash": parts.started_from.get("sha256"),
     }
     plan = Plan(
         module=TrainStep(family, method, cached, settings),

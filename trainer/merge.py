@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from preprocessing.errors import UserError
@@ -35,7 +36,7 @@ def save_merged(folder: Path, family: Family, base: tuple[str, str], out: Path, 
     pipe = family.pipeline()
     dtype = DTYPES[{"fp32": "no"}.get(precision, precision)]
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != "vae":
+        if isinstance(part, nn.Module) and name != "vae" and dtype != torch.float32:
             part.to(dtype)
     out.mkdir(parents=True, exist_ok=True)
     if single_file:

@@ -145,7 +145,11 @@ def _diffusers(manifest: Manifest, place: Place) -> str:
             "```\npython -m trainer.export --weights trained_model.tar --out merged --merge true\n```"
         )
     code = families.family_class(manifest.base_model).how_to(manifest, base_name(manifest), place)
-    unpacked = "" if place.repository else f"With the archive unpacked into a folder `{place.name}`:\n\n"
+    unpacked = (
+        ""
+        if place.repository
+        else f"After `mkdir {place.name}; tar -xf trained_model.tar -C {place.name}`, and so for what follows:\n\n"
+    )
     return f"{unpacked}```python\n{code}\n```"
 
 

@@ -49,6 +49,12 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("me/it", ["README.md", "mine.safetensors"], ["mine.safetensors"]),
         ("me/it", ["a.safetensors", "pytorch_lora_weights.safetensors"], ["pytorch_lora_weights.safetensors"]),
         ("me/it", ["x/deep.safetensors", "a.safetensors", "embeddings.pti"], ["a.safetensors", "embeddings.pti"]),
+        (
+            "me/it",
+            ["pytorch_lora_weights.safetensors", "embeddings.safetensors"],
+            ["pytorch_lora_weights.safetensors", "embeddings.safetensors"],
+        ),
+        ("me/it", ["embeddings.safetensors"], ["embeddings.safetensors"]),
         ("me/it/x/deep.safetensors", ["x/deep.safetensors"], ["x/deep.safetensors"]),
     ],
 )

@@ -89,10 +89,12 @@ def test_a_resumed_run_needs_the_same_start(go_on, train_on, dataset, tmp_path) 
     folder, _, chosen = go_on("lora", learning_rate=1e-2, checkpoint_every=1)
     again = chosen.model_copy(update={"resume": True})
     train_on(job.fill(again), dataset)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    train_on(job.fill(again.model_copy(update={"init_adapter": str(moved)})), dataset)
     tensors = load_file(folder / artifact.ADAPTER)
     key = sorted(tensors)[0]
     save_file(tensors | {key: tensors[key] + 1}, folder / artifact.ADAPTER)
-    with pytest.raises(UserError, match="started_from"):
+    with pytest.raises(UserError, match="init_adapter_hash"):
         train_on(job.fill(again), dataset)
 
 

@@ -171,7 +171,8 @@ class StableDiffusion(Family):
 
     def _tokens(self, tower: TextTower, captions: list[str]) -> Tensor:
         return tower.tokenizer(
-            captions,
+            # a merged model's trigger, which stands for several tokens
+            self._pipe.maybe_convert_prompt(captions, tower.tokenizer),
             padding="max_length",
             max_length=tower.tokenizer.model_max_length,
             truncation=True,
