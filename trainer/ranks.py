@@ -152,13 +152,14 @@ def extracted(
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     kept, left_out = Kept({}, {}, {}), {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # XL has 700 matrices of a thousand rows and more
     for net, module in nets.items():
         state = tuned(net)
         matrices = {f"{name}.weight": name for name in layers(module)}
         for key, base in module.named_parameters():
             if key not in state:
                 continue
-            change = state[key].to(base.device).double() - base.detach().double()
+            change = state[key].to(device).double() - base.detach().to(device).double()
             if not change.any():
                 continue
             if key not in matrices:

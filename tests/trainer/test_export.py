@@ -141,7 +141,7 @@ def test_a_merged_model_draws_the_same_in_stock_diffusers(variant, exported, tin
     assert np.abs(drawn(merged) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=SLOW)])
 def test_a_merged_model_as_one_file(precision, exported, tiny_model) -> None:
     folder, out = exported("lora text", merge=True, single_file=True, dtype=precision)
     kind = diffusers.StableDiffusionXLPipeline if "xl" in tiny_model.name else diffusers.StableDiffusionPipeline

@@ -12,23 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from preprocessing.errors import UserError
-from trainer import artifact, job, start
+from trainer import artifact, job, methods, start
 from trainer.config import JobSettings
 from trainer.generate import Generator
 
+SLOW = pytest.mark.slow
 SD_ONLY = pytest.mark.parametrize("tiny_model", ["sd"], indirect=True)
 STILL = {"learning_rate": 0.0, "text_embedding_lr": 0.0, "max_train_steps": 2, "lora_rank": None, "lora_targets": None}
 
 
 @pytest.fixture
 def go_on(train_variant, train_on, dataset, create, lab, settings, tmp_path) -> Callable[..., Any]:
-    """Trains a variant a little, then runs the job from one of its files (None: its folder)."""
+    """Trains a variant a little, then runs the job from one of its files ("tar": packed; None: its folder)."""
 
     def run(variant: str, member: str | None = None, **changes: Any) -> tuple[Path, Any, JobSettings]:
         folder, method = train_variant(variant)
         method.detach(lab.family)
         own = {k: getattr(method.settings, k) for k in ("method", "base_model", "use_dora", "train_text_encoder")}
-        source = folder if member is None else folder / member
+        source = folder if member is None else folder.with_suffix(".tar") if member == "tar" else folder / member
+        if member == "tar":
+            artifact.write(folder, source)
         shutil.rmtree(method.settings.output_dir)
         chosen = settings(**(own | STILL | {"init_adapter": str(source), "output_dir": tmp_path / "on"} | changes))
         return folder, train_on(job.fill(chosen), dataset), chosen
@@ -45,7 +48,9 @@ def same_adapter(weights: Path, folder: Path) -> None:
             assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text", "full", "inversion"])
+@pytest.mark.parametrize(
+    "variant", ["pivotal dora", "lora text", "full", *(pytest.param(v, marks=SLOW) for v in ("pivotal", "inversion"))]
+)
 @SD_ONLY
 def test_at_learning_rate_zero_the_result_is_the_start(variant, go_on) -> None:
     folder, trained, _ = go_on(variant)
@@ -62,15 +67,9 @@ def test_at_learning_rate_zero_the_result_is_the_start(variant, go_on) -> None:
 
 
 @pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
-@pytest.mark.parametrize("member", ["comfyui/adapter_with_embeddings.safetensors", "tar"])
-def test_foreign_files_and_archives_are_starts_too(member, go_on, tmp_path) -> None:
-    if member == "tar":
-        folder, trained, _ = go_on("pivotal")
-        artifact.write(folder, tmp_path / "packed.tar")
-        with start.WeightsCache.from_environment().held(str(tmp_path / "packed.tar")) as held:
-            assert held.path.is_file()
-    else:
-        folder, trained, _ = go_on("pivotal", member)
+@pytest.mark.parametrize("member", ["comfyui/adapter_with_embeddings.safetensors", pytest.param("tar", marks=SLOW)])
+def test_foreign_files_and_archives_are_starts_too(member, go_on) -> None:
+    folder, trained, _ = go_on("pivotal", member)
     same_adapter(trained.weights, folder)
 
 
@@ -114,12 +113,19 @@ def test_a_resumed_run_needs_the_same_start(go_on, train_on, dataset, tmp_path) 
         ("lora text", {"method": "pivotal", "train_text_encoder": False}, "use method lora"),
     ],
 )
-def test_what_does_not_agree_is_said(variant, changes, told, go_on) -> None:
-    with pytest.raises(UserError, match=told) as caught:
-        go_on(variant, **changes)
+def test_what_does_not_agree_is_said(variant, changes, told, train_variant, settings, lab) -> None:
+    folder, method = train_variant(variant)
+    method.detach(lab.family)
+    own = {"method": method.settings.method, "train_text_encoder": method.settings.train_text_encoder}
+    chosen = settings(**(own | STILL | {"init_adapter": str(folder)} | changes))
+    with pytest.raises(UserError, match=told) as caught, start.opened(chosen, lab.family) as begun:
+        begins = methods.create(start.agreed(chosen, begun, lab.family))
+        begins.begin_from(begun.folder)
+        begins.attach(lab.family)
     assert "\n" not in str(caught.value)
 
 
+@SLOW
 @SD_ONLY
 def test_agreeing_settings_are_no_mistake(go_on) -> None:
     folder, trained, _ = go_on("lora", lora_rank=4, lora_alpha=2.0, lora_targets="all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ class TextTower:
     encoder: nn.Module
     name: str
     embedding_key: str
+
+
+def quoted(text: str) -> str:
+    """A string as Python and JSON write it: a trigger word may hold quotation marks."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 class Family(ABC):
@@ -153,13 +159,13 @@ class Family(ABC):
             "from diffusers import DiffusionPipeline",
             *cls._imports_for(manifest, place),
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{base_model}", torch_dtype=torch.float16).to("cuda")',
+            f'pipe = DiffusionPipeline.from_pretrained({quoted(base_model)}, torch_dtype=torch.float16).to("cuda")',
         ]
         if lora := place.first(LORA_FILE, ADAPTER):
-            code.append(f'pipe.load_lora_weights("{place.name}", weight_name="{lora}")')
+            code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
         code += cls._tokens_for(manifest, place)
         words = "".join(manifest.tokens) or manifest.trigger_word
-        return "\n".join([*code, f'picture = pipe("a photo of {words}").images[0]'])
+        return "\n".join([*code, f"picture = pipe({quoted(f'a photo of {words}')}).images[0]"])
 
     @classmethod
     def _imports_for(cls, manifest: Manifest, place: Place) -> list[str]:
