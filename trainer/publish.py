@@ -49,7 +49,7 @@ def check(settings: JobSettings) -> None:
         return
     from huggingface_hub import get_token
 
-    if not hub.is_repository(settings.push_to_hub):
+    if not hub.REPOSITORY.fullmatch(settings.push_to_hub):
         raise UserError(f"push_to_hub {settings.push_to_hub!r} is no repository: give owner/name.")
     if get_token() is None:
         raise UserError("push_to_hub needs a token of the Hub: set HF_TOKEN in the environment or run hf auth login.")

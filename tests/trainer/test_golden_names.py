@@ -18,6 +18,7 @@ from preprocessing.errors import UserError
 from trainer import kohya
 from trainer.adapter_keys import layers, read_adapter
 from trainer.families import sd_checkpoint
+from trainer.families.base import DENOISER, TEXT, Net
 from trainer.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,8 +46,8 @@ class TrueSize:
     parts: dict[str, nn.Module]
 
     @property
-    def nets(self) -> list:
-        return [type("Net", (), {"name": name}) for name in self.parts]
+    def nets(self) -> list[Net]:
+        return [Net(name, DENOISER if name == "unet" else TEXT, {}) for name in self.parts]
 
     def module(self, name: str) -> nn.Module:
         return self.parts[name]
