@@ -145,7 +145,6 @@ def _training(manifest: Manifest) -> dict[str, str]:
         "ss_output_name": manifest.trigger_word,
         "ss_sd_model_name": manifest.base_model,
         "ss_steps": str(manifest.step),
-        "ss_training_finished_at": str(manifest.created.timestamp()),
         "ss_training_comment": f"method {manifest.method}",
         "ss_tag_frequency": json.dumps({manifest.method: {manifest.trigger_word: 1}}),
     }
