@@ -76,14 +76,15 @@ def test_round_trips_are_exact(variant, exported, lab, tiny_model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "source"),
+    ("tiny_model", "variant", "source"),
     [  # of kohya's keys diffusers' loader drops DoRA's magnitudes, with a warning: docs/interoperability.md says so
-        ("pivotal", "kohya"),
-        ("pivotal dora", "diffusers"),
-        pytest.param("pivotal", "diffusers", marks=SLOW),
-        pytest.param("lora text", "kohya", marks=SLOW),
-        pytest.param("lora text", "diffusers", marks=SLOW),
+        ("xl", "pivotal", "kohya"),
+        ("sd", "pivotal dora", "diffusers"),
+        *(pytest.param("sd", "pivotal", source, marks=SLOW) for source in ("kohya", "diffusers")),
+        *(pytest.param("xl", "lora text", source, marks=SLOW) for source in ("kohya", "diffusers")),
+        pytest.param("xl", "pivotal dora", "diffusers", marks=SLOW),
     ],
+    indirect=["tiny_model"],
 )
 def test_stock_loaders_draw_the_same_from_every_file(variant, source, exported, tiny_model) -> None:
     folder, out = exported(variant, format=source)
@@ -125,7 +126,14 @@ def test_peft_itself_reads_its_format(exported, lab, tiny_model) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["pivotal dora", "lora text", *(pytest.param(v, marks=SLOW) for v in ("pivotal", "inversion", "full"))]
+    ("tiny_model", "variant"),
+    [
+        ("xl", "pivotal dora"),
+        ("sd", "lora text"),
+        *(pytest.param("sd", variant, marks=SLOW) for variant in ("pivotal", "pivotal dora", "inversion", "full")),
+        *(pytest.param("xl", variant, marks=SLOW) for variant in ("lora text", "inversion", "full")),
+    ],
+    indirect=["tiny_model"],
 )
 def test_a_merged_model_draws_the_same_in_stock_diffusers(variant, exported, tiny_model) -> None:
     folder, out = exported(variant, merge=True)

@@ -191,8 +191,16 @@ def test_what_cannot_come_to_anything_is_told_before_training(settings, monkeypa
         job.fill(settings(push_to_hub="robot"))
 
 
-@pytest.mark.parametrize("variant", ["pivotal", pytest.param("pivotal dora", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", ["hub", pytest.param("archive", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tiny_model", "variant", "place"),
+    [
+        ("xl", "pivotal", "hub"),
+        pytest.param("xl", "pivotal dora", "archive", marks=pytest.mark.slow),
+        pytest.param("sd", "pivotal", "archive", marks=pytest.mark.slow),
+        pytest.param("sd", "lora", "hub", marks=pytest.mark.slow),
+    ],
+    indirect=["tiny_model"],
+)
 def test_the_cards_python_draws_what_we_draw(variant, place, finished, tiny_model, tmp_path, monkeypatch) -> None:
     """The block on the card runs, and its picture is our Generator's."""
     folder, archive, previews, settings = finished(variant)

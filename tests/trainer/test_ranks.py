@@ -103,6 +103,7 @@ def test_keep_takes_the_smallest_rank_that_holds_the_share(keep: float, lora: We
     assert 100 * keep <= float(kept.told().split(": ")[1].split(" %")[0]) + 0.01
 
 
+@pytest.mark.slow
 @XL_ONLY
 def test_resized_weights_draw_and_low_ranks_draw_less_alike(train_variant, lab, tiny_model, tmp_path) -> None:
     folder, method = train_variant("lora text")

@@ -22,7 +22,7 @@ STILL = {"learning_rate": 0.0, "text_embedding_lr": 0.0, "max_train_steps": 2, "
 
 
 @pytest.fixture
-def go_on(train_variant, train_on, dataset, create, lab, settings, tmp_path) -> Callable[..., Any]:
+def go_on(train_variant, train_on, dataset, lab, settings, tmp_path) -> Callable[..., Any]:
     """Trains a variant a little, then runs the job from one of its files ("tar": packed; None: its folder)."""
 
     def run(variant: str, member: str | None = None, **changes: Any) -> tuple[Path, Any, JobSettings]:
@@ -87,7 +87,6 @@ def test_it_goes_on_learning_from_there(go_on) -> None:
 def test_a_resumed_run_needs_the_same_start(go_on, train_on, dataset, tmp_path) -> None:
     folder, _, chosen = go_on("lora", learning_rate=1e-2, checkpoint_every=1)
     again = chosen.model_copy(update={"resume": True})
-    train_on(job.fill(again), dataset)
     moved = shutil.copytree(folder, tmp_path / "moved")
     train_on(job.fill(again.model_copy(update={"init_adapter": str(moved)})), dataset)
     tensors = load_file(folder / artifact.ADAPTER)
