@@ -178,7 +178,10 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str,
 
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own: safetensors makes files that nobody else may read
         save_file(stored, temporary, metadata={"format": "pt"} | (header or {}))
+        temporary.chmod(mode)
         _finish_header(temporary)
 
 
