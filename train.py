@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from cog import Input, Path, current_scope
 
+from preprocessing.errors import UserError
 from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 
@@ -96,6 +97,8 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
     print("\n".join(result.summary.sentences()), flush=True)
     for name, value in result.summary.scores().items():
         current_scope().record_metric(name, value)
+    if result.pushed is not None:
+        print(result.pushed.told, flush=True)
     return Path(result.archive)
 
 
@@ -132,6 +135,10 @@ def main(argv: list[str]) -> None:
     if result is not None:  # of several processes the first one tells
         print("\n".join(result.summary.sentences()))
         print(f"weights: {result.archive}\nreport: {result.report}")
+        if result.pushed is not None and result.pushed.error is not None:
+            raise UserError(result.pushed.error)
+        if result.pushed is not None:
+            print(result.pushed.told)
 
 
 if __name__ == "__main__":

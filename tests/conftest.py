@@ -48,7 +48,8 @@ class FakeJob:
         if self.leaves_archive:
             archive.write_bytes(b"weights")
         summary = types.SimpleNamespace(sentences=lambda: ["It is as good as it gets."], scores=lambda: {"drift": 0.5})
-        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html", summary=summary)
+        report = settings.output_dir / "report.html"
+        return types.SimpleNamespace(archive=archive, report=report, summary=summary, pushed=None)
 
 
 @pytest.fixture

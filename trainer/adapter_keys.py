@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter, defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -17,7 +19,19 @@ from trainer import artifact
 from trainer.families.base import Family
 
 DOWN, UP, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
-KOHYA_PARTS = {"lora_down.weight": DOWN, "lora_up.weight": UP, "dora_scale": MAGNITUDE, "alpha": ALPHA}
+MIDDLE = "lora_mid.weight"  # LyCORIS' third factor of a convolution
+KOHYA_PARTS = {"lora_down.weight": DOWN, "lora_up.weight": UP, "dora_scale": MAGNITUDE, "alpha": ALPHA, MIDDLE: MIDDLE}
+# What a key of another kind of adapter ends in, and what that kind is called.
+OTHER_KINDS = {
+    r"hada_[wt]\d": "LoHa (LyCORIS)",
+    r"lokr_[wt]\d": "LoKr (LyCORIS)",
+    r"oft_(?:blocks|diag)|oft_R\b": "OFT",
+    r"boft_": "BOFT",
+    r"on_input|ia3_l": "(IA)^3",
+    r"\.[ab][12]\.weight": "GLoRA (LyCORIS)",
+    r"\.diff(?:_b)?$|\.w_norm$|\.b_norm$": "a difference of full weights (LyCORIS full or norm)",
+    r"vera_|hada_|glora_": "another LyCORIS or peft adapter",
+}
 KOHYA_NETS = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
@@ -65,6 +79,7 @@ def read_adapter(
     Where no alpha is stored, `header` (diffusers') or `peft_config` (adapter_config.json) may tell it; else it is the
     rank, which scales by 1.
     """
+    _refuse_other_kinds(tensors)
     kohya = any(key.startswith(tuple(KOHYA_NETS)) for key in tensors)
     found: Found = defaultdict(dict)
     lost = []
@@ -75,18 +90,55 @@ def read_adapter(
             found[net, module][part] = tensor
     lost += [f"{net}.{module}" for (net, module), parts in found.items() if not {DOWN, UP} <= parts.keys()]
     if lost:
-        named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        named = ", ".join(f"{key}{_nearest(key, kohya, family)}" for key in lost[:3])
+        named += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise UserError(f"The base model has no place for these keys of the weights: {named}; use the base they fit.")
+    for parts in found.values():
+        if MIDDLE in parts:
+            parts[DOWN] = _without_middle(parts[DOWN], parts.pop(MIDDLE))
     configs = _stored_configs(header, peft_config)
     state, nets = {}, {}
     for net in sorted({net for net, _ in found}):
-        live = _layers(family.module(net))
+        live = layers(family.module(net))
         own = {module: parts for (other, module), parts in found.items() if other == net}
-        nets[net] = _config(own, configs.get(net) or {})
+        nets[net] = lora_config_of(own, configs.get(net) or {})
         for module, parts in own.items():
             for part in parts.keys() - {ALPHA}:
                 state[f"{net}.{module}.{part}"] = _shaped(parts[part], part, live[module])
     return Adapter(state, nets)
+
+
+def _refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """UserError that says what the file is where it holds an adapter that is no LoRA."""
+    for pattern, kind in OTHER_KINDS.items():
+        for key in tensors:
+            if re.search(pattern, key):
+                raise UserError(
+                    f"The weights are {kind}, which is not read (at {key}): LoRA and DoRA are, so convert them to LoRA."
+                )
+
+
+def _nearest(key: str, kohya: bool, family: Family) -> str:
+    """The name that the model has and that is most like a key's, as the middle of a sentence; nothing where none is."""
+    stem, rest = key, ""
+    if kohya:
+        stem, _, rest = key.partition(".")
+        known = {
+            prefix + name.replace(".", "_")
+            for prefix, net in KOHYA_NETS.items()
+            for name in (layers(family.module(net)) if net in {one.name for one in family.nets} else ())
+            if stem.startswith(prefix)
+        }
+    else:
+        known = {f"{net.name}.{name}" for net in family.nets for name in layers(family.module(net.name))}
+    near = difflib.get_close_matches(stem, sorted(known), n=1)
+    return f" (nearest: {near[0]}{'.' if rest else ''}{rest})" if near else ""
+
+
+def _without_middle(down: Tensor, middle: Tensor) -> Tensor:
+    """LyCORIS' Tucker form of a convolution, up [o,r,1,1] * middle [r,r,k,k] * down [r,i,1,1], as two factors: the
+    middle one goes into down [r,i,k,k], whose product with up is the same."""
+    return torch.einsum("rskl,si->rikl", middle.float(), down.flatten(1).float())
 
 
 def _modules(family: Family) -> dict[str, dict[str, str]]:
@@ -94,14 +146,14 @@ def _modules(family: Family) -> dict[str, dict[str, str]]:
     spellings: dict[str, dict[str, str]] = {}
     for net in family.nets:
         spellings[net.name] = names = {}
-        for name in _layers(family.module(net.name)):
+        for name in layers(family.module(net.name)):
             plain = name.removeprefix("text_model.")
             for spelt in (name, plain, f"text_model.{plain}"):
                 names[spelt] = names[spelt.replace(".", "_")] = name
     return spellings
 
 
-def _layers(net: nn.Module) -> dict[str, nn.Module]:
+def layers(net: nn.Module) -> dict[str, nn.Module]:
     """A net's own layers by name, also while peft's are around them: weights are read before those in use go."""
     return {
         name.removesuffix(".base_layer"): module
@@ -193,7 +245,7 @@ def _stored_configs(header: Mapping[str, str], peft_config: Mapping[str, Any]) -
     return stored
 
 
-def _config(modules: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Any]) -> dict[str, Any]:
+def lora_config_of(modules: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The LoraConfig of one net: the commonest rank and alpha, and the others by module."""
     from trainer.kohya import alpha_of
 

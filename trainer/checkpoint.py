@@ -21,7 +21,8 @@ NAME = re.compile(r"step_(\d{8})")
 # settings that may differ between a run and its resumption without changing what is trained
 FREE_SETTINGS = frozenset(
     {"input_images", "output_dir", "resume", "report_to", "checkpoint_every", "checkpoints_total_limit"}
-    | {"preview_prompts", "preview_seeds", "workers", "dry_run"}
+    | {"preview_prompts", "preview_seeds", "workers", "dry_run", "push_to_hub", "hub_private"}
+    | {"init_adapter"}  # wherever it lies: the hash of its content is in the fingerprint
 )
 
 

@@ -97,6 +97,11 @@ class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
     base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    init_adapter: str | None = Field(
+        None,
+        description="Weights that training starts from: an archive, folder, LoRA file, URL or Hub id, ours or not. "
+        "Rank, alpha, layers and tokens are taken from it.",
+    )
     output_dir: Path = Field(Path("outputs/train"), description="Everything the job writes goes here.")
     seed: int = Field(0, ge=0, lt=2**63, description="The same seed gives the same weights on the same machine.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
@@ -110,6 +115,10 @@ class RunSettings(PrepareSettings):
         False, description="Stop before the training: prepare, measure a few steps, write prepared/report.html."
     )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
+    push_to_hub: str | None = Field(
+        None, description="Repository (owner/name) that gets the weights; the token is HF_TOKEN's or the login's."
+    )
+    hub_private: bool = Field(True, description="A repository that push_to_hub makes is private.")
     preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 

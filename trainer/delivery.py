@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families
+from trainer import artifact, families, hub, model_card, ui_files
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.evaluation.summary import Summary
 from trainer.families.base import Family
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
+from trainer.model_card import Place
 from trainer.preview import Gallery
-from trainer.report import ReportData, Verdict, write_report
+from trainer.report import Preview, ReportData, Verdict, write_report
 
 
-def save_weights(
-    folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
-) -> None:
-    """Write manifest, weights and exports: what `predict` needs. `run` is the settings and the step."""
-    settings, step = run
+@dataclass(frozen=True)
+class Run:
+    """A training at one of its steps: its settings, that step, and what it began with (see trainer.start)."""
+
+    settings: JobSettings
+    step: int
+    started_from: dict[str, str] = field(default_factory=dict)
+
+
+def save_weights(folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: Run) -> None:
+    """Write manifest and weights: what `predict` needs."""
+    settings = run.settings
     manifest = Manifest(
         base_model=settings.base_model,
         base_hash=families.fingerprint(settings.base_model),
+        base_license=hub.license_of(families.resolve(settings.base_model)),
         family=family.name,
         method=settings.method,
         trigger_word=settings.trigger_word,
@@ -35,17 +45,23 @@ def save_weights(
         class_word=settings.class_word,
         settings=settings.model_dump(mode="json"),
         dataset_hash=dataset.dataset_hash,
-        step=step,
+        step=run.step,
         created=datetime.now(UTC),
         libraries=artifact.library_versions(),
         nets=method.nets(),
+        started_from=run.started_from,
     )
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)
-    if manifest.nets:
-        tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
-        (folder / "comfyui").mkdir()
-        family.export_comfyui(folder / "comfyui" / "adapter.safetensors", tensors, manifest)
+
+
+def add_exports(folder: Path, family: Family) -> None:
+    """Put the weights beside themselves in the formats of other programs."""
+    manifest = artifact.read_manifest(folder)
+    tensors = artifact.load_tensors(folder / artifact.ADAPTER)[0] if manifest.nets else {}
+    rows = artifact.load_tensors(folder / artifact.EMBEDDINGS)[0] if manifest.tokens else {}
+    if tensors or rows:
+        ui_files.write(folder / ui_files.FOLDER, family, manifest, tensors, rows)
 
 
 def add_papers(folder: Path, dataset: PreparedDataset, settings: JobSettings) -> None:
@@ -87,3 +103,10 @@ def add_report(
     write_report(report, data)
     shutil.copyfile(report, folder / report.name)
     return report
+
+
+def add_card(folder: Path, settings: JobSettings, previews: list[Preview]) -> None:
+    """Put the model card beside the weights, and into output_dir; before it the samples must lie there."""
+    files = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    model_card.write(folder / artifact.CARD, artifact.read_manifest(folder), previews, Place(None, files))
+    shutil.copyfile(folder / artifact.CARD, settings.output_dir / artifact.CARD)

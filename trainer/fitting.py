@@ -49,6 +49,8 @@ class Loaded:
     family: Family
     method: Method
     stages: Stages
+    settings: JobSettings  # as asked for, with what init_adapter decides
+    started_from: dict[str, str]  # init_adapter and the hash of its weights, or nothing
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
     best_step = pooled.chosen_step() if pooled else None
     kept = Kept(
         output / WEIGHTS,
-        lambda folder, step: delivery.save_weights(folder, parts.family, parts.method, dataset, (settings, step)),
+        lambda folder, step: delivery.save_weights(
+            folder, parts.family, parts.method, dataset, delivery.Run(settings, step, parts.started_from)
+        ),
     )
     asked = parting.held_out or tuple(range(len(dataset.items)))[:MOST_SEEN]
     judge = Judge(
@@ -92,12 +96,13 @@ def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
         kept.save(LAST, step)
     judged = pooled or judge.history
     best = judged.chosen_step()
-    if judge.history.is_dead(best):
+    if judge.history.is_dead(best) and not parts.started_from:
         raise UserError(
             f"The training had no measurable effect: after {best} steps every prediction is what it was before. Raise "
             f"learning_rate (it is {settings.learning_rate}) or max_train_steps; the weights are in {kept.folder}."
         )
     weights = kept.folder / (LAST if best == step else BEST)
+    delivery.add_exports(weights, parts.family)
     return Fitted(weights, best, step, settings.max_train_steps, parting, judge.history, judged)
 
 
@@ -212,6 +217,7 @@ def planned(
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
+        "init_adapter_hash": parts.started_from.get("sha256"),
     }
     plan = Plan(
         module=TrainStep(family, method, cached, settings),

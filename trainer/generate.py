@@ -62,7 +62,7 @@ class Generator:
                     f"{archive} was trained on a {manifest.family} ({manifest.base_model}) and {self.base_model} is a "
                     f"{self.family.name}: choose its own base_model."
                 )
-            method, before = methods.create(_settings_of(manifest)), self.archive
+            method, before = methods.create(settings_of(manifest)), self.archive
             try:
                 self.release()
                 self._put_in(method, folder, manifest)
@@ -84,7 +84,7 @@ class Generator:
         try:
             with foreign.opened(archive, self.family, self.base_model) as folder:
                 manifest = artifact.read_manifest(folder)
-                self._put_in(methods.create(_settings_of(manifest)), folder, manifest)
+                self._put_in(methods.create(settings_of(manifest)), folder, manifest)
                 self.archive = archive
         except BaseException as error:
             self.release()
@@ -183,7 +183,7 @@ class Generator:
 PIPELINE_DEFAULTS = {"guidance_scale": 7.0, "num_inference_steps": 30}
 
 
-def _settings_of(manifest: Manifest) -> JobSettings:
+def settings_of(manifest: Manifest) -> JobSettings:
     try:
         return JobSettings.model_validate(manifest.settings)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 prepared/            the PreparedDataset            metrics.jsonl   a row per step
 checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
 trained_model.tar    the archive of weights         report.html     the job in one page
+README.md            the model card
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from preprocessing.preflight import write_preflight
 from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
 from preprocessing.sources import is_dataset
-from trainer import artifact, delivery, families, methods, preflight
+from trainer import artifact, delivery, families, methods, preflight, publish, start
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
 from trainer.evaluation.summary import Summary
@@ -49,6 +50,7 @@ class JobResult:
     samples: tuple[Path, ...]
     stage_seconds: dict[str, float]
     summary: Summary
+    pushed: publish.Pushed | None = None  # how a push to the Hub ended; the archive is whole either way
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
+        settings = parts.settings
         dataset, fitted = parts.dataset, fit(parts, settings)
     del parts  # the model leaves memory before it is loaded anew to draw
     return None if fitted is None else finish(fitted, dataset, stages, settings)
@@ -84,6 +87,7 @@ def dry_run(settings: JobSettings) -> DryRun | None:
     settings = fill(settings)
     stages = Stages(lambda stage, done, total: None, lambda row, total: None)
     with loaded(settings.model_copy(update={"report_to": "none"}), stages) as parts:
+        settings = parts.settings
         largest = preflight.of_largest_size(parts.dataset, settings)
         with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
             few = preflight.few_steps(settings, Path(scratch))
@@ -108,17 +112,22 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
-        method = methods.create(settings)
         with stages.stage("load"):
-            dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
+            whole = methods.METHODS[settings.method].trains_base_weights
+            dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
             family = families.family_class(settings.base_model).load(
                 settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
             )
             family.to(accelerator.device)
-        try:
-            yield Loaded(accelerator, dataset, family, method, stages)
-        finally:
-            method.detach(family)
+        with start.opened(settings, family) as begun:
+            settings = settings if begun is None else start.agreed(settings, begun, family)
+            method = methods.create(settings)
+            if begun is not None:
+                method.begin_from(begun.folder)
+            try:
+                yield Loaded(accelerator, dataset, family, method, stages, settings, begun.told if begun else {})
+            finally:
+                method.detach(family)
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=False)  # the next job may choose another precision
@@ -128,8 +137,12 @@ def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
     if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
+    publish.check(settings)
     source = settings.base_model
     suits = families.recommended(source, settings.method)
+    if settings.init_adapter is not None:
+        start.check(settings.init_adapter)
+        suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
     suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
     settings = settings.filled(suits)
     if settings.captioner == "auto":
@@ -195,6 +208,11 @@ def finish(fitted: Fitted, dataset: PreparedDataset, stages: Stages, settings: J
             gallery = draw_gallery(archive, dataset, settings, stages.progress)
         summary = summarised(fitted, dataset, gallery, stages.seconds)
         report = delivery.add_report(folder, dataset, settings, (summary, gallery), stages.seconds)
+        delivery.add_card(folder, settings, gallery.previews)
         artifact.write(folder, archive)
+        pushed = None
+        if settings.push_to_hub is not None:
+            with stages.stage("push"):
+                pushed = publish.push(folder, archive, gallery.previews, settings)
     samples = tuple(preview.adapted for preview in gallery.previews)
-    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds), summary)
+    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds), summary, pushed)

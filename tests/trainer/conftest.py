@@ -27,7 +27,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
-from trainer import families, job, methods
+from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, TEXT, VAE, Family
@@ -306,6 +306,25 @@ def untouched(tiny_model: Path) -> Family:
 def lab(untouched: Family) -> Lab:
     """Each of the tiny base models, fresh."""
     return Lab(copy.deepcopy(untouched))
+
+
+@pytest.fixture
+def train_variant(
+    lab: Lab, create: Callable[..., Method], dataset: PreparedDataset, tmp_path: Path
+) -> Callable[..., tuple[Path, Method]]:
+    """Trains a variant a little; gives the folder of its archive, and the method, still attached."""
+
+    def trained(variant: str, **changes: Any) -> tuple[Path, Method]:
+        method = create(variant, **changes)
+        lab.train(method)
+        folder = tmp_path / f"weights-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        method.settings.output_dir.mkdir(exist_ok=True)
+        (method.settings.output_dir / METRICS_FILE).touch()
+        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(method.settings, 3))
+        return folder, method
+
+    return trained
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,14 @@ def test_a_zip_becomes_an_archive_a_report_and_pictures(method, small, tiny_mode
     result = job.train(chosen, lambda *step: seen.append(step))
     assert result.archive == chosen.output_dir / "trained_model.tar"
     files = members(result.archive)
-    expected = {"manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "evaluation.json", "report.html"}
+    expected = {"README.md", "manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "report.html"}
+    expected |= {"evaluation.json"}
     expected |= {f"samples/{i:02d}_{kind}.png" for i in (0, 1) for kind in ("base", "adapted")}
     expected |= {"adapter.safetensors"} if method != "textual_inversion" else set()
     expected |= {"embeddings.safetensors"} if method in ("pivotal", "textual_inversion") else set()
     expected |= {"comfyui/adapter.safetensors"} if method in ("pivotal", "lora") else set()
+    expected |= {"comfyui/embeddings/TOK.safetensors"} if method in ("pivotal", "textual_inversion") else set()
+    expected |= {"comfyui/adapter_with_embeddings.safetensors"} if method == "pivotal" else set()
     assert set(files) == expected
     check_manifest(files, chosen, result)
     check_captions(files, chosen)

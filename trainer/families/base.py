@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trainer.artifact import Manifest
+from preprocessing.errors import UserError
+from trainer.artifact import ADAPTER, Manifest
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
+if TYPE_CHECKING:
+    from trainer.model_card import Place
+
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks in a repository
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
 
 
@@ -45,11 +51,24 @@ class TextTower:
     embedding_key: str
 
 
+def quoted(text: str) -> str:
+    """A string as Python and JSON write it: a trigger word may hold quotation marks."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 class Family(ABC):
-    """A loaded base model. It lies on one device; its weights are frozen until a method attaches."""
+    """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
+
+    What other programs call its weights is the family's to say, too: `export_comfyui` and `ui_embedding_keys` for the
+    files in comfyui/, `save_single_file` for a whole checkpoint, `card_tags` and `how_to` for the model card. All but
+    the first have a default.
+    """
 
     name: ClassVar[str]
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
     objective: Objective
     nets: tuple[Net, ...]
     device: torch.device
@@ -123,6 +142,42 @@ class Family(ABC):
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
+
+    def describe(self) -> dict[str, str]:
+        """What the headers of exported files need to know of the loaded model: diffusers' prediction_type."""
+        return {}
+
+    def save_single_file(self, path: Path) -> None:
+        """Write the model as one checkpoint file with the original program's keys; UserError where there is none."""
+        raise UserError(f"a {self.name} is not written as one file: leave single_file out, the folder is complete.")
+
+    @classmethod
+    def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
+        """Python that draws with the weights in diffusers, for the model card; `base_model` as others may read it."""
+        code = [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            *cls._imports_for(manifest, place),
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained({quoted(base_model)}, torch_dtype=torch.float16).to("cuda")',
+        ]
+        if lora := place.first(LORA_FILE, ADAPTER):
+            code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
+        code += cls._tokens_for(manifest, place)
+        words = "".join(manifest.tokens) or manifest.trigger_word
+        return "\n".join([*code, f"picture = pipe({quoted(f'a photo of {words}')}).images[0]"])
+
+    @classmethod
+    def _imports_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        download = ["from huggingface_hub import hf_hub_download"] if place.repository else []
+        return [*download, "from safetensors.torch import load_file"]
+
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        """Lines of Python that put the new tokens into `pipe`, where the weights have some."""
+        return []
 
     def probe(self, batch: Batch, conditioning: Conditioning) -> Tensor:
         """The prediction at the batch's own times: [B, ...]."""

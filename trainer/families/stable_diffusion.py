@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer import kohya
-from trainer.artifact import Manifest
-from trainer.families import model_config, resolve
+from trainer.artifact import EMBEDDINGS, Manifest
+from trainer.families import model_config, resolve, sd_checkpoint
 from trainer.families.base import (
     DENOISER,
     IMAGE_TO_IMAGE,
@@ -32,6 +32,9 @@ from trainer.families.base import (
 )
 from trainer.objectives import Ddpm
 from trainer.samples import Conditioning, Picture, Sample
+
+if TYPE_CHECKING:
+    from trainer.model_card import Place
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
@@ -59,6 +62,8 @@ class StableDiffusion(Family):
         INPAINT: "StableDiffusionInpaintPipeline",
     }
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {
             "max_train_steps": 800,
@@ -166,7 +171,8 @@ class StableDiffusion(Family):
 
     def _tokens(self, tower: TextTower, captions: list[str]) -> Tensor:
         return tower.tokenizer(
-            captions,
+            # a merged model's trigger, which stands for several tokens
+            self._pipe.maybe_convert_prompt(captions, tower.tokenizer),
             padding="max_length",
             max_length=tower.tokenizer.model_max_length,
             truncation=True,
@@ -199,7 +205,28 @@ class StableDiffusion(Family):
         return {"prompt_embeds": conditioning["context"], "negative_prompt_embeds": negative["context"]}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        kohya.save(path, tensors, manifest, two_text_encoders=len(self.towers) == 2)
+        kohya.save(path, tensors, manifest, len(self.towers) == 2, self.objective.scheduler.config.prediction_type)
+
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        code = [f"rows = load_file({place.path(EMBEDDINGS)})", f"tokens = {list(manifest.tokens)}".replace("'", '"')]
+        for tokenizer, encoder, key in cls.towers:
+            code.append(
+                f'pipe.load_textual_inversion(list(rows["{key}"]), token=tokens, '
+                f"text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer})"
+            )
+        if len(cls.towers) == 2:  # its configuration says 2, which makes transformers pool at the largest id
+            tokenizer, encoder, _ = cls.towers[1]
+            code.append(f"pipe.{encoder}.text_model.eos_token_id = pipe.{tokenizer}.eos_token_id")
+        return code
+
+    def save_single_file(self, path: Path) -> None:
+        sd_checkpoint.save(path, self._pipe)
+
+    def describe(self) -> dict[str, str]:
+        return {"prediction_type": self.objective.scheduler.config.prediction_type}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -216,6 +243,11 @@ class StableDiffusionXL(StableDiffusion):
         ("tokenizer", "text_encoder", "clip_l"),
         ("tokenizer_2", "text_encoder_2", "clip_g"),
     )
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {
+        "clip_l": ("clip_l", "clip_l"),
+        "clip_g": ("clip_g", "clip_g"),
+    }
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": StableDiffusion.recommended["any"] | {"train_batch_size": 2},
         "full": {"learning_rate": 4e-6},

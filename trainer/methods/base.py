@@ -49,6 +49,13 @@ class Method(ABC):
     def detach(self, family: Family) -> None:
         """Leave the family bit-identical to before `attach` or `load`."""
 
+    def begin_from(self, folder: Path) -> None:
+        """Have `attach` start from an opened archive's weights, which lies there until then. UserError where it cannot.
+
+        The settings agree with the archive already (trainer.start).
+        """
+        raise UserError(f"method {self.name} cannot start from other weights: leave init_adapter out.")
+
     def schedule(self, progress: float) -> dict[str, float]:
         """Factor of each group's learning rate at `progress` in [0, 1) of the run; 0 freezes the group."""
         return {}
@@ -80,6 +87,13 @@ class Method(ABC):
     @abstractmethod
     def load(self, folder: Path, family: Family) -> None:
         """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
+
+    def merge(self, family: Family) -> str:
+        """Make the weights that `load` put in the family's own, for good: nothing is left to `detach`.
+
+        Returns the words by which a stock pipeline around the family calls the trigger. UserError where it cannot be.
+        """
+        raise UserError(f"weights trained by method {self.name} cannot be merged into a base model.")
 
     def set_strength(self, family: Family, strength: float) -> None:
         """Scale the adapter's effect; 0 is the base model's denoiser. Raises UserError where there is no scale."""

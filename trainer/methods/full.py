@@ -31,6 +31,10 @@ class Full(Method):
         self.needs_text_grad = settings.train_text_encoder
         self._family: Family | None = None
         self._originals: dict[str, dict[str, Tensor]] = {}
+        self._start: Path | None = None
+
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
 
     def _take(self, family: Family, name: str) -> nn.Module:
         module = family.module(name)
@@ -45,6 +49,10 @@ class Full(Method):
             module = self._take(family, net.name)
             module.requires_grad_(True)
             found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += module.parameters()
+        if self._start is not None:
+            tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
+            for name in names:
+                _fill(family.module(name), name, tensors)
         return [weights_group(self.settings, name, group) for name, group in found.items() if group]
 
     def schedule(self, progress: float) -> dict[str, float]:
@@ -77,13 +85,11 @@ class Full(Method):
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         names = {key.split(".", 1)[0] for key in tensors}
         for name in sorted(names & {net.name for net in family.nets}):
-            module = self._take(family, name)
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            check_fit(name, state, dict(module.named_parameters()))
-            with torch.no_grad():
-                for key, parameter in module.named_parameters():
-                    parameter.copy_(state[key])
+            _fill(self._take(family, name), name, tensors)
+
+    def merge(self, family: Family) -> str:
+        self._originals = {}
+        return self.settings.trigger_word
 
     @torch.no_grad()
     def detach(self, family: Family) -> None:
@@ -93,3 +99,15 @@ class Full(Method):
                 parameter.grad = None
                 parameter.data = original[key].to(parameter.device)
         self._originals = {}
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    """Give the net called `name` an archive's weights for it, if there are any; UserError where they do not fit."""
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if not state:
+        return
+    check_fit(name, state, dict(module.named_parameters()))
+    for key, parameter in module.named_parameters():
+        parameter.copy_(state[key])

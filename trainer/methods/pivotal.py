@@ -30,6 +30,10 @@ class Pivotal(Method):
         super().__init__(settings)
         self._tokens, self._lora = TextualInversion(settings), Lora(settings)
 
+    def begin_from(self, folder: Path) -> None:
+        self._lora.begin_from(folder)
+        self._tokens.begin_from(folder)
+
     def attach(self, family: Family) -> list[ParameterGroup]:
         return [*self._lora.attach(family), *self._tokens.attach(family)]
 
@@ -67,6 +71,11 @@ class Pivotal(Method):
     def detach(self, family: Family) -> None:
         self._tokens.detach(family)
         self._lora.detach(family)
+
+    def merge(self, family: Family) -> str:
+        words = self._tokens.merge(family)
+        self._lora.merge(family)
+        return words
 
     def set_strength(self, family: Family, strength: float) -> None:
         self._lora.set_strength(family, strength)

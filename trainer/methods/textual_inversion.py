@@ -29,10 +29,17 @@ class TextualInversion(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self._tokens = NewTokens(settings.trigger_word, token_names(settings.n_tokens))
+        self._start: Path | None = None
+
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
 
     def attach(self, family: Family) -> list[ParameterGroup]:
         settings = self.settings
-        self._tokens.attach(family, settings.class_word, settings.seed)
+        values = None
+        if self._start is not None and (self._start / artifact.EMBEDDINGS).is_file():
+            values, _ = artifact.load_tensors(self._start / artifact.EMBEDDINGS)
+        self._tokens.attach(family, settings.class_word, settings.seed, values)
         # no decay: it would pull the rows to zero, away from the vocabulary they belong to
         return [
             ParameterGroup(
@@ -68,6 +75,9 @@ class TextualInversion(Method):
 
     def detach(self, family: Family) -> None:
         self._tokens.detach(family)
+
+    def merge(self, family: Family) -> str:
+        return self._tokens.merge(family, self.settings.trigger_word)
 
     def set_strength(self, family: Family, strength: float) -> None:
         """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""
