@@ -322,6 +322,7 @@ def train_variant(
         method.settings.output_dir.mkdir(exist_ok=True)
         (method.settings.output_dir / METRICS_FILE).touch()
         delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(method.settings, 3))
+        delivery.add_exports(folder, lab.family)
         return folder, method
 
     return trained

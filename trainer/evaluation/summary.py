@@ -111,15 +111,20 @@ class Summary(BaseModel):
         if self.overfitted:
             return (
                 f"Probably overfitted after step {self.best_step}: by the end, the loss on them had risen by "
-                f"{self.risen.percent()} of what had been gained, so that step was chosen."
+                f"{self.risen.percent()} of {self._unit()}, so that step was chosen."
             )
         if self.risen.low > 0:
             return (
-                f"They were predicted best after step {self.best_step}; {self.risen.percent()} of that gain was lost "
-                f"since. Up to {100 * LOST:.0f} % is no reason to take an earlier step: pictures that are drawn may "
-                f"still get better."
+                f"They were predicted best after step {self.best_step}; since then the loss has risen by "
+                f"{self.risen.percent()} of {self._unit()}. Up to {100 * LOST:.0f} % is no reason to take an earlier "
+                f"step: pictures that are drawn may still get better."
             )
         return "There is no sign of overfitting."
+
+    def _unit(self) -> str:
+        """What `risen` is a share of."""
+        best = min(one.loss for one in self.curve if one.step > 0)
+        return "what had been gained" if best < self.base_loss else "the base model's loss"
 
     def _trigger(self) -> str:
         contrast = self.delivered.trigger_contrast

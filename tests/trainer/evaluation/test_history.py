@@ -129,8 +129,13 @@ def test_the_sentences_say_which_step_and_why():
     assert "Probably overfitted after step 10" in overfitted and "a.png, b.png" in overfitted
     assert "predicted 40.0 % (40.0 to 40.0 %) better than by the base model" in overfitted
     turned = " ".join(told(made([1.0, 0.6, 0.7])).sentences())
-    assert "those of the last step, 20." in turned and "best after step 10; 25.0 %" in turned
+    assert (
+        "those of the last step, 20." in turned
+        and "best after step 10; since then the loss has risen by 25.0 %" in turned
+    )
     assert "no sign of overfitting" in " ".join(told(made([1.0, 0.6])).sentences())
+    worse = " ".join(told(made([1.0, 1.2, 1.5])).sentences())
+    assert "risen by 30.0 % (30.0 to 30.0 %) of the base model's loss" in worse and "predicted worse than" in worse
     stopped = told(made([1.0, 0.6, 0.5]), planned_steps=80)
     assert "ended after step 20 of 80" in stopped.sentences()[0]
     seen = " ".join(told(made([1.0, 0.6], unseen=False), judged_by=SEEN, held_out=()).sentences())
