@@ -210,6 +210,7 @@ def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
         report_to="none",
         mixed_precision="no",
         holdout=0,
+        evaluate_every=1000,  # before the first step and after the last; in between, the tests of evaluation ask
     )
 
 
