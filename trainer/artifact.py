@@ -196,6 +196,17 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path.name} is not a whole .safetensors file ({error}); copy it again.") from error
 
 
+def nets_of(folder: Path) -> set[str]:
+    """Names of the nets that an unpacked archive has weights of, "tokens" for its token embeddings."""
+    from safetensors import safe_open
+
+    nets = {"tokens"} if (folder / EMBEDDINGS).is_file() else set()
+    if (folder / ADAPTER).is_file():
+        with safe_open(folder / ADAPTER, framework="pt", device="cpu") as file:
+            nets |= {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+    return nets
+
+
 def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
     """Header of adapter.safetensors: trigger, base, rank and alpha, and each net's LoraConfig where diffusers'
     `load_lora_weights` looks for it, without which that loader takes every alpha to be the rank.

@@ -59,7 +59,9 @@ class ObjectiveSettings(PrepareSettings):
 
     snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weighting; null switches it off.")
     noise_offset: float = Field(0.0, ge=0, description="Noise added per channel, for darker and brighter pictures.")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of captions replaced by the empty one.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples without condition: no caption, or a black picture."
+    )
     preservation_weight: float | None = Field(
         None, ge=0, description="Pull towards the base model's own predictions on prompts without the trigger."
     )
@@ -72,12 +74,21 @@ class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
     base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    companion_model: str | None = Field(
+        None, description="The other half of a base model that is one of two (Kandinsky 2.2); None: the published one."
+    )
     output_dir: Path = Field(Path("outputs/train"), description="Everything the job writes goes here.")
     seed: int = Field(0, ge=0, lt=2**63, description="The same seed gives the same weights on the same machine.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 where the device is fast at it. Trained weights are fp32 always."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
+    enable_xformers: bool = Field(False, description="Attention of the denoiser by xFormers, where it is installed.")
+    save_diffusers: bool | None = Field(
+        None,
+        description="Also leave the weights in diffusers' layout in output_dir and in every checkpoint: "
+        "pytorch_lora_weights.safetensors, or with method full the nets and the whole pipeline.",
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
     checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
     resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")

@@ -6,24 +6,25 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families
+from trainer import artifact, families, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import DENOISER, TEXT, VAE, Family
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.report import Preview, ReportData, write_report
 
+CARD = "README.md"
 
-def save_weights(
-    folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
-) -> None:
-    """Write manifest, weights, exports, settings, captions and metrics; `run` is the settings and the last step."""
+
+def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]) -> Manifest:
+    """What the weights say of themselves; `run` is the settings and the step that they are from."""
     settings, step = run
-    manifest = Manifest(
+    return Manifest(
         base_model=settings.base_model,
         base_hash=families.fingerprint(settings.base_model),
         family=family.name,
@@ -38,8 +39,21 @@ def save_weights(
         libraries=artifact.library_versions(),
         nets=method.nets(),
     )
+
+
+def save_weights(
+    folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: tuple[JobSettings, int]
+) -> None:
+    """Write manifest, weights, exports, settings, captions and metrics; `run` is the settings and the last step.
+
+    With `save_diffusers` the trained nets or the LoRA also land in output_dir.
+    """
+    settings, _ = run
+    manifest = manifest_of(family, method, dataset, run)
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)
+    if settings.save_diffusers:
+        method.save_diffusers(settings.output_dir, manifest)
     if manifest.nets:
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         (folder / "comfyui").mkdir()
@@ -50,10 +64,33 @@ def save_weights(
     shutil.copyfile(settings.output_dir / METRICS_FILE, folder / METRICS_FILE)
 
 
+def save_pipeline(folder: Path, settings: JobSettings) -> None:
+    """Write the whole stock pipeline with the trained nets of `folder` into output_dir, with the card that diffusers
+    reads where the other half of a model is named.
+    """
+    family = families.load(
+        settings.base_model, frozenset({DENOISER, TEXT, VAE}), torch.float32, settings.companion_model
+    )
+    methods.create(settings).load(folder, family)
+    family.save_pipeline(settings.output_dir)
+    card, header = settings.output_dir / CARD, family.card_header(settings)
+    if header and not card.exists():
+        text = f"---\n{yaml.safe_dump(header)}---\n\n```python\n{family.usage(settings, str(settings.output_dir))}```\n"
+        card.write_text(text, encoding="utf-8")
+
+
 def add_report(
-    folder: Path, dataset: PreparedDataset, settings: JobSettings, previews: list[Preview], seconds: dict[str, float]
+    folder: Path,
+    dataset: PreparedDataset,
+    settings: JobSettings,
+    drawn: tuple[list[Preview], tuple[str, ...]],
+    seconds: dict[str, float],
 ) -> Path:
-    """Put the previews and the report beside the weights; the report also lands in output_dir. Returns its path."""
+    """Put the previews and the report beside the weights; the report also lands in output_dir. Returns its path.
+
+    `drawn` are the previews, and remarks on what is missing of them.
+    """
+    previews, remarks = drawn
     (folder / "samples").mkdir()
     for preview in previews:
         for path in (preview.base, preview.adapted):
@@ -66,6 +103,7 @@ def add_report(
         metrics=read_metrics(folder / METRICS_FILE),
         previews=previews,
         stage_seconds=seconds,
+        remarks=remarks,
     )
     write_report(report, data)
     shutil.copyfile(report, folder / report.name)

@@ -8,6 +8,7 @@ trained_model.tar    the archive of weights         report.html     the job in o
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -153,9 +154,8 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
         method = methods.create(settings)
         with stages.stage("load"):
             dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
-            family = families.family_class(settings.base_model).load(
-                settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
-            )
+            parts = frozenset({DENOISER, TEXT, VAE})
+            family = families.load(settings.base_model, parts, dtype, settings.companion_model)
             family.to(accelerator.device)
         try:
             yield Loaded(accelerator, dataset, family, method, stages)
@@ -172,7 +172,12 @@ def fill(settings: JobSettings) -> JobSettings:
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     source = settings.base_model
     suits = families.recommended(source, settings.method)
-    suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
+    family = families.family_class(source)
+    family.check(settings)
+    suits = {
+        "resolution": family.geometry(source).resolution,
+        "companion_model": family.usual_companion(source),
+    } | suits
     settings = settings.filled(suits)
     if settings.captioner == "auto":
         settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
@@ -249,12 +254,15 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
         family.free(VAE)
         groups = method.attach(family)
     findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
+    findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
     if accelerator.is_main_process:
         write_preflight(whole, findings)
     if not method.needs_text_grad:
         family.free(TEXT)
     if settings.gradient_checkpointing:
         family.enable_gradient_checkpointing()
+    if settings.enable_xformers:
+        family.enable_xformers()
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
@@ -267,8 +275,20 @@ def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tup
         settings=settings,
         checkpoints=Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit),
         on_step=parts.stages.on_step_of(settings.max_train_steps),
+        beside=_writer(parts, settings) if settings.save_diffusers else None,
     )
     return plan, findings
+
+
+def _writer(parts: Loaded, settings: JobSettings) -> Callable[[Path], None]:
+    """What puts the weights in diffusers' layout into each checkpoint, whose name tells the step."""
+
+    def write(folder: Path) -> None:
+        step = int(folder.name.rpartition("_")[2])
+        manifest = delivery.manifest_of(parts.family, parts.method, parts.dataset, (settings, step))
+        parts.method.save_diffusers(folder, manifest)
+
+    return write
 
 
 def fit(parts: Loaded, settings: JobSettings) -> tempfile.TemporaryDirectory | None:
@@ -293,9 +313,17 @@ def finish(folder: Path, dataset: PreparedDataset, stages: Stages, settings: Job
     """Pack the weights, draw previews from the packed archive, write the report, and pack again with both."""
     archive = settings.output_dir / ARCHIVE
     artifact.write(folder, archive)
+    if settings.save_diffusers and methods.METHODS[settings.method].trains_base_weights:
+        with stages.stage("pipeline"):
+            delivery.save_pipeline(folder, settings)
+    previews, remarks = [], ()
     with stages.stage("preview"):
-        previews = draw_previews(archive, settings, stages.progress)
-    report = delivery.add_report(folder, dataset, settings, previews, stages.seconds)
+        try:
+            previews = draw_previews(archive, settings, stages.progress)
+        except families.NoCompanion as error:  # the weights are finished all the same
+            remarks = (f"No pictures were drawn: {error}",)
+            print(f"warning: {remarks[0]}", file=sys.stderr)
+    report = delivery.add_report(folder, dataset, settings, (previews, remarks), stages.seconds)
     artifact.write(folder, archive)
     samples = tuple(preview.adapted for preview in previews)
     return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds))

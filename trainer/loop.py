@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Plan:
     settings: JobSettings
     checkpoints: Checkpoints
     on_step: Callable[[dict[str, float]], None] = lambda row: None
+    beside: Callable[[Path], None] | None = None  # writes more into a checkpoint, of the weights to be delivered
 
 
 class Loop:
@@ -154,9 +155,23 @@ class Loop:
         }
         path = self.plan.checkpoints.folder
         if self.accelerator.is_main_process:
-            path = self.plan.checkpoints.save(self.step, state)
+            with self._averaged():
+                path = self.plan.checkpoints.save(self.step, state, self.plan.beside)
         self.accelerator.wait_for_everyone()
         return path
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their average, where one is kept and something reads it."""
+        if self.average is None or self.plan.beside is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
 
     def _resume(self) -> None:
         found = self.plan.checkpoints.load_last()

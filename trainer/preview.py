@@ -45,6 +45,13 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
+def trained_size(settings: JobSettings, generator: Generator) -> dict[str, int]:
+    """Width and height of a square picture of the trained resolution, as the model can draw it."""
+    stride = generator.geometry.stride
+    side = max(stride, settings.resolution // stride * stride)
+    return {"width": side, "height": side}
+
+
 def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]) -> list[Preview]:
     """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
     folder = settings.output_dir / "samples"
@@ -53,12 +60,13 @@ def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str,
         stale.unlink()
     jobs = [(prompt, seed) for prompt in prompts_of(settings) for seed in settings.preview_seeds]
     prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
-    generator = Generator(settings.base_model)
+    generator = Generator(settings.base_model, companion=settings.companion_model)
+    drawing = DrawSettings(prompt=prompts[0], **trained_size(settings, generator))
     drawn = {}
     for step, name in enumerate(("base", "adapted")):
         if name == "adapted":
             generator.use(archive)
-        drawn[name] = generator.draw_prompts(prompts, seeds, DrawSettings(prompt=prompts[0]))
+        drawn[name] = generator.draw_prompts(prompts, seeds, drawing)
         progress("preview", step + 1, 2)
     previews = []
     for i, (prompt, seed) in enumerate(jobs):

@@ -49,6 +49,7 @@ class ReportData:
     metrics: list[dict[str, Any]]
     previews: list[Preview]
     stage_seconds: dict[str, float]
+    remarks: tuple[str, ...] = ()  # on what went otherwise than asked
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -63,6 +64,7 @@ def write_report(path: Path, data: ReportData) -> None:
             previews=_by_prompt(data.previews),
             curve=_curve(data.metrics),
             stages=data.stage_seconds,
+            remarks=data.remarks,
             thumbnails=[(item, *_thumbnail(data.dataset, item)) for item in data.dataset.items[:MOST_THUMBNAILS]],
             settings=_settings(data.manifest),
         )
