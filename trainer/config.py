@@ -48,6 +48,9 @@ class OptimisationSettings(PrepareSettings):
     text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
     pivot_fraction: float = Field(0.7, ge=0, le=1, description="Share of the run after which the tokens are frozen.")
     max_train_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, description="In place of max_train_steps: how often each picture is trained on."
+    )
     train_batch_size: int | None = Field(None, ge=1, description="Pictures a step and process.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that are summed into one optimiser step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
@@ -109,6 +112,8 @@ class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSe
             raise ValueError(f"train_text_encoder goes with method lora or full, not {self.method}")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
+        if self.num_train_epochs is not None and self.max_train_steps is not None:
+            raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
         return self

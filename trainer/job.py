@@ -7,6 +7,7 @@ trained_model.tar    the archive of weights         report.html     the job in o
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -90,13 +91,16 @@ class Stages:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What training needs: the data set, and the family and method, neither attached to the other yet."""
+    """What training needs: the data set, the family and method, neither attached to the other yet, and the settings
+    with every open choice made.
+    """
 
     accelerator: Accelerator
     dataset: PreparedDataset
     family: Family
     method: Method
     stages: Stages
+    settings: JobSettings
 
 
 def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
@@ -111,7 +115,8 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
-        dataset, weights = parts.dataset, fit(parts, settings)
+        settings, dataset = parts.settings, parts.dataset
+        weights = fit(parts, settings)
     del parts
     if weights is None:
         return None
@@ -127,6 +132,7 @@ def dry_run(settings: JobSettings) -> DryRun | None:
     settings = fill(settings)
     stages = Stages(lambda stage, done, total: None, lambda row, total: None)
     with loaded(settings.model_copy(update={"report_to": "none"}), stages) as parts:
+        settings = parts.settings
         largest = preflight.of_largest_size(parts.dataset, settings)
         with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
             few = preflight.few_steps(settings, Path(scratch))
@@ -151,6 +157,7 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
+        settings = counted(settings, dataset, accelerator.num_processes)
         method = methods.create(settings)
         with stages.stage("load"):
             dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
@@ -158,7 +165,7 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
             family = families.load(settings.base_model, parts, dtype, settings.companion_model)
             family.to(accelerator.device)
         try:
-            yield Loaded(accelerator, dataset, family, method, stages)
+            yield Loaded(accelerator, dataset, family, method, stages, settings)
         finally:
             method.detach(family)
     finally:
@@ -178,10 +185,21 @@ def fill(settings: JobSettings) -> JobSettings:
         "resolution": family.geometry(source).resolution,
         "companion_model": family.usual_companion(source),
     } | suits
+    if settings.num_train_epochs is not None:
+        suits.pop("max_train_steps", None)
     settings = settings.filled(suits)
     if settings.captioner == "auto":
         settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
     return settings
+
+
+def counted(settings: JobSettings, dataset: PreparedDataset, processes: int) -> JobSettings:
+    """Settings with the steps that num_train_epochs come to."""
+    if settings.num_train_epochs is None:
+        return settings
+    pictures = settings.num_train_epochs * sum(item.repeats for item in dataset.items)
+    step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    return settings.model_copy(update={"num_train_epochs": None, "max_train_steps": math.ceil(pictures / step)})
 
 
 def make_accelerator(settings: JobSettings) -> Accelerator:

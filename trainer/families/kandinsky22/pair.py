@@ -87,7 +87,9 @@ class CombinedPipeline:
 
     def __init__(self, prior: Prior, decoder_pipe: Any):
         self._prior, self._decoder_pipe = prior, decoder_pipe
-        decoder_pipe.set_progress_bar_config(disable=True)
+        self._prior_pipe = EncodedPriorPipeline(**prior.components())
+        for pipe in (self._prior_pipe, decoder_pipe):
+            pipe.set_progress_bar_config(disable=True)
 
     @property
     def scheduler(self) -> Any:
@@ -116,8 +118,8 @@ class CombinedPipeline:
         """`negative` is a text's encoding, or {"image_embeds": ...} where there is no negative prompt."""
         dtype, count = self._decoder_pipe.unet.dtype, len(generator)
         worded = "image_embeds" not in negative
-        pipe = EncodedPriorPipeline(self._prior, text, negative if worded else None)
-        embeds = pipe(
+        self._prior_pipe.give(text, self._prior.encode_text([""]), negative if worded else None)
+        embeds = self._prior_pipe(
             prompt=[""] * count,
             negative_prompt=[""] * count if worded else None,
             # with a negative prompt the prior also draws what the decoder is led away from
@@ -139,16 +141,17 @@ class CombinedPipeline:
 class EncodedPriorPipeline(KandinskyV22PriorPipeline):
     """The stock pipeline for text that is encoded already, with new tokens or between two meanings."""
 
-    def __init__(self, prior: Prior, text: Conditioning, negative: Conditioning | None):
-        super().__init__(**prior.components())
-        self.set_progress_bar_config(disable=True)
+    def give(self, text: Conditioning, null: Conditioning, negative: Conditioning | None) -> None:
+        """What the next call encodes its prompts to, and what it leads them away from: `null`, one row, or `negative`.
+
+        With `negative` the call draws that too, behind the others.
+        """
         if negative is None:
-            null = prior.encode_text([""])
-            self._guided_from = {name: value.expand_as(text[name]) for name, value in null.items()}
             self._encoded = text
+            self._guided_from = {name: value.expand_as(text[name]) for name, value in null.items()}
         else:
-            self._guided_from = {name: torch.cat([value, value]) for name, value in negative.items()}
             self._encoded = {name: torch.cat([value, negative[name]]) for name, value in text.items()}
+            self._guided_from = {name: torch.cat([value, value]) for name, value in negative.items()}
 
     def _encode_prompt(
         self,

@@ -96,15 +96,15 @@ class Prior(Half):
 
     @classmethod
     def usage(cls, settings: JobSettings, weights: str) -> str:
-        decoder = settings.companion_model
+        decoder, half = settings.companion_model, "torch_dtype=torch.float16"
         if settings.method == "full":
             return drawing_code(
-                f'DiffusionPipeline.from_pretrained("{weights}", torch_dtype=torch.float16)',
+                f'DiffusionPipeline.from_pretrained("{weights}", {half})',
                 'components = {f"prior_{name}": part for name, part in pipe.components.items()}',
-                f'pipe = AutoPipelineForText2Image.from_pretrained("{decoder}", **components, torch_dtype=torch.float16)',
+                f'pipe = AutoPipelineForText2Image.from_pretrained("{decoder}", **components, {half})',
             )
         return drawing_code(
-            f'AutoPipelineForText2Image.from_pretrained("{decoder}", torch_dtype=torch.float16)',
+            f'AutoPipelineForText2Image.from_pretrained("{decoder}", {half})',
             f'pipe.prior_prior.load_lora_adapter("{weights}", prefix="prior")',
         )
 
