@@ -1,0 +1,342 @@
+"""What Kandinsky 2.2 draws and leaves: the stock pipelines' pictures, from our archives and from diffusers' layout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, KandinskyV22Img2ImgCombinedPipeline, UNet2DConditionModel
+from PIL import Image
+
+import predict
+from preprocessing.errors import UserError
+from tests.trainer.test_kandinsky import half_settings
+from trainer import artifact, families, job
+from trainer.config import JobSettings
+from trainer.drawing import DrawSettings
+from trainer.generate import Generator
+from trainer.methods.base import LORA_FILE
+
+__all__ = ["half_settings"]
+PROMPT = "A robot naruto, 4k photo"
+CALL = {"num_inference_steps": 3, "prior_num_inference_steps": 3}
+SIZE = {"width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_decoder: Path) -> Generator:
+    return Generator(str(tiny_decoder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_decoder: Path) -> Any:
+    return quiet(AutoPipelineForText2Image.from_pretrained(tiny_decoder))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(generator: Generator, **changes: Any) -> np.ndarray:
+    settings = DrawSettings(**({"prompt": PROMPT} | CALL | changes))
+    return np.asarray(generator.draw_prompts([PROMPT], [7], settings)[0])
+
+
+def stock_drawn(pipe: Any, **changes: Any) -> np.ndarray:
+    return np.asarray(pipe(PROMPT, generator=seeded(7), **(CALL | SIZE | changes)).images[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"negative_prompt": "ugly"},
+        {"guidance_scale": 1.0, "prior_guidance_scale": 1.0},
+        {"prior_guidance_scale": 7.0, "prior_num_inference_steps": 5, "width": 48},
+    ],
+)
+def test_the_stock_combined_pipeline_draws_the_same(changes, generator, stock) -> None:
+    found = drawn(generator, **changes)
+    assert np.ptp(found) > 20
+    assert (found == stock_drawn(stock, **changes)).all()
+
+
+def test_a_prior_as_the_base_draws_the_same(generator, tiny_prior, tiny_decoder) -> None:
+    other = Generator(str(tiny_prior), "cpu", companion=str(tiny_decoder))
+    assert (drawn(other) == drawn(generator)).all()
+    assert other.geometry == generator.geometry
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++", "unipc"])
+def test_schedulers_that_fit_draw(name, generator, stock, monkeypatch) -> None:
+    found = drawn(generator, scheduler=name)
+    if name == "ddpm":
+        assert (found == stock_drawn(stock)).all()
+    else:
+        assert np.isfinite(found).all() and (found != drawn(generator)).any()
+
+
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral"])
+def test_schedulers_that_scale_the_input_are_refused(name, generator) -> None:
+    with pytest.raises(UserError, match="ddim"):
+        drawn(generator, scheduler=name)
+
+
+def test_image_to_image_is_the_stock_pipelines(generator, stock, tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "start.png")
+    pipe = quiet(KandinskyV22Img2ImgCombinedPipeline(**stock.components))
+    changes = {"num_inference_steps": 6, "strength": 0.5, "image": Image.fromarray(pixels)}
+    found = drawn(generator, image=tmp_path / "start.png", prompt_strength=0.5, num_inference_steps=6)
+    assert (found == stock_drawn(pipe, **changes)).all()
+    with pytest.raises(UserError, match="inpainting"):
+        drawn(generator, image=tmp_path / "start.png", mask=tmp_path / "start.png")
+
+
+@pytest.mark.parametrize("changes", [{}, {"negative_prompt": "ugly"}, {"guidance_scale": 1.0}])
+def test_a_picture_is_its_own_seeds_whatever_is_drawn_beside_it(changes, generator) -> None:
+    """Several at once without guidance is also what the stock pipeline crashes on."""
+    settings = DrawSettings(**({"prompt": PROMPT} | CALL | changes))
+    prompts, seeds = [PROMPT, "a cat", PROMPT], [5, 6, 7]
+    together = generator.draw_prompts(prompts, seeds, settings)
+    for prompt, seed, picture in zip(prompts, seeds, together, strict=True):
+        (alone,) = generator.draw_prompts([prompt], [seed], settings)
+        assert np.abs(np.asarray(alone, np.int16) - np.asarray(picture, np.int16)).max() <= 1
+
+
+def test_settings_of_a_prior_are_refused_elsewhere(tiny_sd) -> None:
+    with pytest.raises(UserError, match="prior_guidance_scale"):
+        Generator(str(tiny_sd), "cpu").draw(DrawSettings(prompt="a", prior_guidance_scale=2.0))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 36), (90 * i, 200, 40)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"TOK number {i}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def trained(half_settings, pictures) -> Callable[..., JobSettings]:
+    """Runs a whole short job on one half and gives back its settings."""
+
+    def run(half: str, **changes: Any) -> JobSettings:
+        usual = {"input_images": pictures, "max_train_steps": 2, "learning_rate": 0.02, "lr_schedule": "constant"}
+        previews = {"preview_prompts": ["TOK"], "preview_seeds": [1], "lora_targets": "all"}
+        settings = half_settings(half, **(usual | previews | changes))
+        job.train(settings)
+        return settings
+
+    return run
+
+
+def archive_of(settings: JobSettings) -> Path:
+    return settings.output_dir / job.ARCHIVE
+
+
+@pytest.fixture
+def run_code(monkeypatch) -> Callable[[str], np.ndarray]:
+    """Runs Python that draws, as the seed's README and our card have it, on a CPU; gives back the picture."""
+
+    def run(code: str) -> np.ndarray:
+        # offloading wants an accelerator, and fp16 is none of a CPU's
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_model_cpu_offload", lambda self: quiet(self))
+        code = code.replace("torch.float16", "torch.float32")
+        code = re.sub(r"pipe\(prompt=([^)]*)\)", r"pipe(prompt=\1, **call)", code)
+        names = {"call": CALL | SIZE | {"generator": seeded(7)}}
+        exec(re.sub(r"(\w+(?:\[0\])?|pipe\(.*\]?)\.save\(.*\)", r"picture = \1", code), names)
+        return np.asarray(names["picture"])
+
+    return run
+
+
+SNIPPETS = {  # the seed's, with load_lora_adapter for load_attn_procs, which diffusers no longer reads LoRA with
+    ("decoder", "full"): """
+from diffusers import AutoPipelineForText2Image
+import torch
+
+pipe = AutoPipelineForText2Image.from_pretrained(output_dir, torch_dtype=torch.float16)
+pipe.enable_model_cpu_offload()
+
+prompt='A robot naruto, 4k photo'
+images = pipe(prompt=prompt).images
+images[0].save("robot-naruto.png")
+""",
+    ("prior", "full"): """
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+import torch
+
+pipe_prior = DiffusionPipeline.from_pretrained(output_dir, torch_dtype=torch.float16)
+prior_components = {"prior_" + k: v for k,v in pipe_prior.components.items()}
+pipe = AutoPipelineForText2Image.from_pretrained(decoder, **prior_components, torch_dtype=torch.float16)
+
+pipe.enable_model_cpu_offload()
+prompt='A robot naruto, 4k photo'
+images = pipe(prompt=prompt).images
+images[0].save("robot-naruto.png")
+""",
+    ("decoder", "lora"): """
+from diffusers import AutoPipelineForText2Image
+import torch
+
+pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
+pipe.unet.load_lora_adapter(output_dir, prefix="unet")
+pipe.enable_model_cpu_offload()
+
+prompt='A robot naruto, 4k photo'
+image = pipe(prompt=prompt).images[0]
+image.save("robot_naruto.png")
+""",
+    ("prior", "lora"): """
+from diffusers import AutoPipelineForText2Image
+import torch
+
+pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
+pipe.prior_prior.load_lora_adapter(output_dir, prefix="prior")
+pipe.enable_model_cpu_offload()
+
+prompt='A robot naruto, 4k photo'
+image = pipe(prompt=prompt).images[0]
+image.save("robot_naruto.png")
+""",
+}
+
+
+@pytest.mark.parametrize(("half", "method"), SNIPPETS)
+def test_the_seeds_snippets_draw_what_predict_draws(half, method, trained, run_code, generator, tiny_decoder) -> None:
+    settings = trained(half, method=method, lora_alpha=1.0, use_dora=method == "lora" and half == "decoder")
+    expected = drawn_with(generator, archive_of(settings))
+    assert (expected != drawn(generator)).any()
+    names = f"output_dir, decoder = {str(settings.output_dir)!r}, {str(tiny_decoder)!r}\n"
+    assert (run_code(names + SNIPPETS[half, method]) == expected).all()
+    card = families.family_class(settings.base_model).usage(settings, str(settings.output_dir))
+    assert (run_code(card) == expected).all()
+
+
+def drawn_with(generator: Generator, *archives: Path, **changes: Any) -> np.ndarray:
+    generator.use(*archives)
+    try:
+        return drawn(generator, **changes)
+    finally:
+        generator.release()
+
+
+def test_a_checkpoints_unet_draws(trained, tiny_decoder, generator) -> None:
+    """The seed's second snippet; the checkpoint of the last step is what was delivered."""
+    settings = trained("decoder", checkpoint_every=1, ema_decay=0.5)
+    checkpoints = sorted((settings.output_dir / "checkpoints").glob("step_*"))
+    unet = UNet2DConditionModel.from_pretrained(checkpoints[-1] / "unet")
+    pipe = quiet(AutoPipelineForText2Image.from_pretrained(tiny_decoder, unet=unet))
+    assert (stock_drawn(pipe) == drawn_with(generator, archive_of(settings))).all()
+    assert len(checkpoints) == 2 and (checkpoints[0] / "unet" / "config.json").is_file()
+
+
+def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
+    prior = trained("prior", method="lora", lora_rank=2, lora_alpha=4.0)
+    decoder = trained("decoder", method="lora", use_dora=True)
+    stock.prior_prior.load_lora_adapter(prior.output_dir, prefix="prior", adapter_name="p")
+    stock.unet.load_lora_adapter(decoder.output_dir, prefix="unet", adapter_name="u")
+    expected = stock_drawn(stock)
+    for net, name in ((stock.prior_prior, "p"), (stock.unet, "u")):
+        net.delete_adapters(name)
+    archives = archive_of(prior), archive_of(decoder)
+    assert (drawn_with(generator, *archives) == expected).all()
+    assert (drawn_with(generator, *reversed(archives)) == expected).all()
+    # one file with the keys of both
+    tensors, header = {}, {}
+    for settings in (prior, decoder):
+        found, about = artifact.load_tensors(settings.output_dir / LORA_FILE)
+        tensors |= found
+        header[settings.base_model] = about["lora_adapter_metadata"]
+    both = "{" + ", ".join(text.strip("{}") for text in header.values()) + "}"
+    artifact.save_tensors(tmp_path / "both.safetensors", tensors, {"lora_adapter_metadata": merged(header)})
+    assert both and (drawn_with(generator, tmp_path / "both.safetensors") == expected).all()
+    assert (drawn_with(generator, *archives, lora_scale=0.0) == drawn(generator)).all()
+    with pytest.raises(UserError, match="both hold weights of the unet"):
+        generator.use(archives[1], tmp_path / "both.safetensors")
+    # the door
+    argv = ["--prompt", PROMPT, "--seed", "7", "--output_dir", str(tmp_path / "drawn")]
+    argv += [word for name, value in CALL.items() for word in (f"--{name}", str(value))]
+    predict.main(["--weights", str(archives[1]), "--companion_weights", str(archives[0]), *argv])
+    assert (np.asarray(Image.open(tmp_path / "drawn" / "0001_seed7.png")) == expected).all()
+
+
+def merged(headers: dict[str, str]) -> str:
+    import json
+
+    return json.dumps({key: value for text in headers.values() for key, value in json.loads(text).items()})
+
+
+def test_without_a_decoder_the_prior_is_delivered_without_pictures(trained, tmp_path, capsys) -> None:
+    settings = trained("prior", method="lora", companion_model=str(tmp_path / "nowhere"))
+    assert archive_of(settings).is_file() and not list((settings.output_dir / "samples").glob("*.png"))
+    assert "No pictures were drawn" in capsys.readouterr().err
+    assert "No pictures were drawn" in (settings.output_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_previews_have_the_trained_size(trained) -> None:
+    settings = trained("prior", method="lora", resolution=40)
+    with Image.open(settings.output_dir / "samples" / "00_adapted.png") as picture:
+        assert picture.size == (40, 40)
+
+
+OLD_NAMES = {"to_out.0": "to_out"}
+
+
+@pytest.mark.parametrize("half", ["prior", "decoder"])
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_old_attention_processors_files_load_whole(half, prefixed, trained, generator, tmp_path) -> None:
+    settings = trained(half, method="lora", lora_targets="attention")
+    tensors, _ = artifact.load_tensors(settings.output_dir / LORA_FILE)
+    old = {}
+    for key, value in tensors.items():
+        net, rest = key.split(".", 1)
+        attention, projection, matrix = re.fullmatch(r"(.+)\.(\w+(?:\.0)?)\.lora_([AB])\.weight", rest).groups()
+        name = f"{attention}.processor.{OLD_NAMES.get(projection, projection)}_lora.{'down' if matrix == 'A' else 'up'}"
+        old[f"{net}.{name}.weight" if prefixed else f"{name}.weight"] = value
+    assert len(old) == len(tensors) and (half == "prior" or any("add_k_proj_lora" in key for key in old))
+    artifact.save_tensors(tmp_path / "old.safetensors", old)
+    expected = drawn_with(generator, archive_of(settings))
+    assert (expected != drawn(generator)).any()
+    assert (drawn_with(generator, tmp_path / "old.safetensors") == expected).all()
+    with pytest.raises(UserError, match="no place"):
+        artifact.save_tensors(tmp_path / "odd.safetensors", old | {"mid.processor.to_q_lora.up.weight": torch.ones(2)})
+        generator.use(tmp_path / "odd.safetensors")
+
+
+def test_a_prior_learns_new_words(trained, generator) -> None:
+    settings = trained("prior", method="pivotal", class_word="dog")
+    generator.use(archive_of(settings))
+    try:
+        changed = [
+            np.asarray(generator.draw(DrawSettings(prompt="TOK", seed=1, token_scale=s, **CALL))[0]) for s in (0, 1)
+        ]
+    finally:
+        generator.release()
+    assert (changed[0] != changed[1]).any()
+
+
+def test_half_a_base_is_told(tiny_decoder, tiny_prior, tmp_path) -> None:
+    with pytest.raises(UserError, match="companion_model"):
+        Generator(str(tiny_prior), "cpu", companion=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is a kandinsky22_prior"):
+        Generator(str(tiny_prior), "cpu", companion=str(tiny_prior))
+    broken = shutil.copytree(tiny_decoder, tmp_path / "broken")
+    shutil.rmtree(broken / "movq")
+    with pytest.raises(UserError, match="movq"):
+        Generator(str(broken), "cpu")
