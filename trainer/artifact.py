@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name for LoRA weights
 MEMBERS = (
     MANIFEST,
     ADAPTER,

@@ -19,10 +19,10 @@ import predict
 from preprocessing.errors import UserError
 from tests.trainer.test_kandinsky import half_settings
 from trainer import artifact, families, job
+from trainer.artifact import LORA_FILE
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
-from trainer.methods.base import LORA_FILE
 
 __all__ = ["half_settings"]
 PROMPT = "A robot naruto, 4k photo"
@@ -70,7 +70,9 @@ def stock_drawn(pipe: Any, **changes: Any) -> np.ndarray:
 def test_the_stock_combined_pipeline_draws_the_same(changes, generator, stock) -> None:
     found = drawn(generator, **changes)
     assert np.ptp(found) > 20
-    assert (found == stock_drawn(stock, **changes)).all()
+    # with a negative prompt the rows of a matrix product stand elsewhere, which may round otherwise
+    difference = np.abs(found.astype(int) - stock_drawn(stock, **changes))
+    assert difference.max() <= ("negative_prompt" in changes)
 
 
 def test_a_prior_as_the_base_draws_the_same(generator, tiny_prior, tiny_decoder) -> None:
@@ -79,7 +81,7 @@ def test_a_prior_as_the_base_draws_the_same(generator, tiny_prior, tiny_decoder)
     assert other.geometry == generator.geometry
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++", "unipc"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++"])
 def test_schedulers_that_fit_draw(name, generator, stock, monkeypatch) -> None:
     found = drawn(generator, scheduler=name)
     if name == "ddpm":
@@ -88,8 +90,8 @@ def test_schedulers_that_fit_draw(name, generator, stock, monkeypatch) -> None:
         assert np.isfinite(found).all() and (found != drawn(generator)).any()
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral"])
-def test_schedulers_that_scale_the_input_are_refused(name, generator) -> None:
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "unipc"])
+def test_schedulers_that_the_pipelines_cannot_use_are_refused(name, generator) -> None:
     with pytest.raises(UserError, match="ddim"):
         drawn(generator, scheduler=name)
 
@@ -195,7 +197,7 @@ from diffusers import AutoPipelineForText2Image
 import torch
 
 pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
-pipe.unet.load_lora_adapter(output_dir, prefix="unet")
+pipe.unet.load_lora_adapter(output_dir, weight_name="pytorch_lora_weights.safetensors", prefix="unet")
 pipe.enable_model_cpu_offload()
 
 prompt='A robot naruto, 4k photo'
@@ -207,7 +209,7 @@ from diffusers import AutoPipelineForText2Image
 import torch
 
 pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
-pipe.prior_prior.load_lora_adapter(output_dir, prefix="prior")
+pipe.prior_prior.load_lora_adapter(output_dir, weight_name="pytorch_lora_weights.safetensors", prefix="prior")
 pipe.enable_model_cpu_offload()
 
 prompt='A robot naruto, 4k photo'
@@ -249,8 +251,8 @@ def test_a_checkpoints_unet_draws(trained, tiny_decoder, generator) -> None:
 def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
     prior = trained("prior", method="lora", lora_rank=2, lora_alpha=4.0)
     decoder = trained("decoder", method="lora", use_dora=True)
-    stock.prior_prior.load_lora_adapter(prior.output_dir, prefix="prior", adapter_name="p")
-    stock.unet.load_lora_adapter(decoder.output_dir, prefix="unet", adapter_name="u")
+    stock.prior_prior.load_lora_adapter(prior.output_dir, weight_name=LORA_FILE, prefix="prior", adapter_name="p")
+    stock.unet.load_lora_adapter(decoder.output_dir, weight_name=LORA_FILE, prefix="unet", adapter_name="u")
     expected = stock_drawn(stock)
     for net, name in ((stock.prior_prior, "p"), (stock.unet, "u")):
         net.delete_adapters(name)
@@ -306,7 +308,7 @@ def test_old_attention_processors_files_load_whole(half, prefixed, trained, gene
     old = {}
     for key, value in tensors.items():
         net, rest = key.split(".", 1)
-        attention, projection, matrix = re.fullmatch(r"(.+)\.(\w+(?:\.0)?)\.lora_([AB])\.weight", rest).groups()
+        attention, projection, matrix = re.fullmatch(r"(.+)\.(\w*_\w+(?:\.0)?)\.lora_([AB])\.weight", rest).groups()
         name = f"{attention}.processor.{OLD_NAMES.get(projection, projection)}_lora.{'down' if matrix == 'A' else 'up'}"
         old[f"{net}.{name}.weight" if prefixed else f"{name}.weight"] = value
     assert len(old) == len(tensors) and (half == "prior" or any("add_k_proj_lora" in key for key in old))

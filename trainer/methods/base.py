@@ -19,8 +19,6 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
 from trainer.families.base import Drawable, Family
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for LoRA weights
-
 
 @dataclass
 class ParameterGroup:
@@ -87,7 +85,7 @@ class Method(ABC):
         self.save(folder, manifest)
         adapter = folder / artifact.ADAPTER
         if adapter.is_file():
-            adapter.replace(folder / LORA_FILE)
+            adapter.replace(folder / artifact.LORA_FILE)
 
     @abstractmethod
     def load(self, folder: Path, family: Drawable) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from trainer.artifact import LORA_FILE
 from trainer.config import JobSettings
 from trainer.families import model_config, resolve
 from trainer.families.base import DENOISER, TEXT, VAE, Drawable, Geometry, Net, TextTower
@@ -103,7 +104,7 @@ class Decoder(Half):
             return drawing_code(f'AutoPipelineForText2Image.from_pretrained("{weights}", torch_dtype=torch.float16)')
         return drawing_code(
             f'AutoPipelineForText2Image.from_pretrained("{settings.base_model}", torch_dtype=torch.float16)',
-            f'pipe.unet.load_lora_adapter("{weights}", prefix="unet")',
+            f'pipe.unet.load_lora_adapter("{weights}", weight_name="{LORA_FILE}", prefix="unet")',
         )
 
     @property

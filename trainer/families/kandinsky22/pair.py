@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -98,8 +99,9 @@ class CombinedPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        if hasattr(scheduler, "is_scale_input_called"):  # diffusers' Kandinsky pipelines do not scale
-            raise UserError("scheduler euler cannot draw with Kandinsky: use ddim, ddpm, dpmsolver++ or unipc.")
+        # diffusers' Kandinsky pipelines neither scale what the net sees nor do they call a step without generators
+        if hasattr(scheduler, "is_scale_input_called") or "generator" not in signature(scheduler.step).parameters:
+            raise UserError("This scheduler cannot draw with Kandinsky: use ddim, ddpm or dpmsolver++.")
         if not isinstance(scheduler, DDPMScheduler):
             # the others know nothing of a learned variance, and the pipeline splits it off where none is named
             scheduler.register_to_config(variance_type=None)
@@ -128,8 +130,8 @@ class CombinedPipeline:
             num_inference_steps=prior_num_inference_steps,
         )
         away = embeds.negative_image_embeds if worded else negative["image_embeds"]
-        if "image" in drawing:
-            drawing["image"] = [drawing["image"]] * count
+        if start := drawing.get("image"):
+            drawing |= {"image": [start] * count, "width": start.width, "height": start.height}
         return self._decoder_pipe(
             image_embeds=embeds.image_embeds.to(dtype),
             negative_image_embeds=away.to(dtype),

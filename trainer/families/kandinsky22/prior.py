@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from preprocessing.errors import UserError
+from trainer.artifact import LORA_FILE
 from trainer.config import JobSettings
 from trainer.families.base import (
     DENOISER,
@@ -105,7 +106,7 @@ class Prior(Half):
             )
         return drawing_code(
             f'AutoPipelineForText2Image.from_pretrained("{decoder}", {half})',
-            f'pipe.prior_prior.load_lora_adapter("{weights}", prefix="prior")',
+            f'pipe.prior_prior.load_lora_adapter("{weights}", weight_name="{LORA_FILE}", prefix="prior")',
         )
 
     @property
