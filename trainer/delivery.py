@@ -73,10 +73,12 @@ def save_pipeline(folder: Path, settings: JobSettings) -> None:
     )
     methods.create(settings).load(folder, family)
     family.save_pipeline(settings.output_dir)
-    card, header = settings.output_dir / CARD, family.card_header(settings)
-    if header and not card.exists():
-        text = f"---\n{yaml.safe_dump(header)}---\n\n```python\n{family.usage(settings, str(settings.output_dir))}```\n"
-        card.write_text(text, encoding="utf-8")
+    manifest = artifact.read_manifest(folder)
+    header = family.card_header(manifest)
+    if header:
+        tags = {"base_model": manifest.base_model, "library_name": "diffusers", "tags": list(family.card_tags)}
+        text = yaml.safe_dump(tags | header, sort_keys=False)
+        (settings.output_dir / CARD).write_text(f"---\n{text}---\n", encoding="utf-8")
 
 
 def add_report(

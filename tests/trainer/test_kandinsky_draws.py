@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -226,8 +228,11 @@ def test_the_seeds_snippets_draw_what_predict_draws(half, method, trained, run_c
     assert (expected != drawn(generator)).any()
     names = f"output_dir, decoder = {str(settings.output_dir)!r}, {str(tiny_decoder)!r}\n"
     assert (run_code(names + SNIPPETS[half, method]) == expected).all()
-    card = families.family_class(settings.base_model).usage(settings, str(settings.output_dir))
-    assert (run_code(card) == expected).all()
+    place = SimpleNamespace(name=settings.output_dir, first=lambda *names: next(n for n in names if n == LORA_FILE))
+    with artifact.opened(archive_of(settings)) as folder:
+        manifest = artifact.read_manifest(folder)
+    code = families.family_class(settings.base_model).how_to(manifest, settings.base_model, place)
+    assert (run_code(code) == expected).all()
 
 
 def drawn_with(generator: Generator, *archives: Path, **changes: Any) -> np.ndarray:
@@ -260,14 +265,14 @@ def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
     assert (drawn_with(generator, *archives) == expected).all()
     assert (drawn_with(generator, *reversed(archives)) == expected).all()
     # one file with the keys of both
-    tensors, header = {}, {}
+    tensors, configs = {}, {}
     for settings in (prior, decoder):
-        found, about = artifact.load_tensors(settings.output_dir / LORA_FILE)
+        found, header = artifact.load_tensors(settings.output_dir / LORA_FILE)
         tensors |= found
-        header[settings.base_model] = about["lora_adapter_metadata"]
-    both = "{" + ", ".join(text.strip("{}") for text in header.values()) + "}"
-    artifact.save_tensors(tmp_path / "both.safetensors", tensors, {"lora_adapter_metadata": merged(header)})
-    assert both and (drawn_with(generator, tmp_path / "both.safetensors") == expected).all()
+        configs |= json.loads(header["lora_adapter_metadata"])
+    header = {"lora_adapter_metadata": json.dumps(configs)}
+    artifact.save_tensors(tmp_path / "both.safetensors", tensors, header)
+    assert (drawn_with(generator, tmp_path / "both.safetensors") == expected).all()
     assert (drawn_with(generator, *archives, lora_scale=0.0) == drawn(generator)).all()
     with pytest.raises(UserError, match="both hold weights of the unet"):
         generator.use(archives[1], tmp_path / "both.safetensors")
@@ -276,12 +281,6 @@ def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
     argv += [word for name, value in CALL.items() for word in (f"--{name}", str(value))]
     predict.main(["--weights", str(archives[1]), "--companion_weights", str(archives[0]), *argv])
     assert (np.asarray(Image.open(tmp_path / "drawn" / "0001_seed7.png")) == expected).all()
-
-
-def merged(headers: dict[str, str]) -> str:
-    import json
-
-    return json.dumps({key: value for text in headers.values() for key, value in json.loads(text).items()})
 
 
 def test_without_a_decoder_the_prior_is_delivered_without_pictures(trained, tmp_path, capsys) -> None:

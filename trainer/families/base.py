@@ -110,6 +110,7 @@ class Family(Drawable):
     """
 
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
     notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used
     objective: Objective
 
@@ -188,13 +189,16 @@ class Family(Drawable):
         self.pipeline().save_pretrained(folder)
 
     @classmethod
-    def card_header(cls, settings: JobSettings) -> dict[str, Any]:
-        """What the YAML at the head of a model card says beside what all cards say: some of it is read by diffusers."""
+    def card_header(cls, manifest: Manifest) -> dict[str, Any]:
+        """What the YAML at the head of a model card says beside what all cards say; diffusers reads some of it."""
         return {}
 
     @classmethod
-    def usage(cls, settings: JobSettings, weights: str) -> str:
-        """Python that draws with what `save_diffusers` leaves in the folder or repository `weights`; "" if unknown."""
+    def how_to(cls, manifest: Manifest, base_model: str, place: Any) -> str:
+        """Python that draws with the weights in diffusers, for the model card; `base_model` as others may read it.
+
+        `place.name` is the folder or repository that holds them, `place.first(*files)` the first file that is there.
+        """
         return ""
 
     @abstractmethod

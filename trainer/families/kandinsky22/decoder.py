@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from trainer.artifact import LORA_FILE
+from trainer.artifact import ADAPTER, LORA_FILE, Manifest
 from trainer.config import JobSettings
 from trainer.families import model_config, resolve
 from trainer.families.base import DENOISER, TEXT, VAE, Drawable, Geometry, Net, TextTower
 from trainer.families.kandinsky22.half import (
     ATTENTION,
+    HALF_PRECISION,
     IMAGE_ENCODER,
     Half,
     companion_class,
@@ -94,17 +95,18 @@ class Decoder(Half):
             raise UserError(f"{unused} is about text, and the decoder reads none: leave it out.")
 
     @classmethod
-    def card_header(cls, settings: JobSettings) -> dict[str, Any]:
+    def card_header(cls, manifest: Manifest) -> dict[str, Any]:
         """`prior` is where diffusers' combined pipelines look for the other half."""
-        return super().card_header(settings) | {"prior": [settings.companion_model]}
+        return {"prior": [manifest.settings["companion_model"]]}
 
     @classmethod
-    def usage(cls, settings: JobSettings, weights: str) -> str:
-        if settings.method == "full":
-            return drawing_code(f'AutoPipelineForText2Image.from_pretrained("{weights}", torch_dtype=torch.float16)')
+    def how_to(cls, manifest: Manifest, base_model: str, place: Any) -> str:
+        if manifest.method == "full":
+            return drawing_code(f'AutoPipelineForText2Image.from_pretrained("{place.name}", {HALF_PRECISION})')
+        file = place.first(LORA_FILE, ADAPTER)
         return drawing_code(
-            f'AutoPipelineForText2Image.from_pretrained("{settings.base_model}", torch_dtype=torch.float16)',
-            f'pipe.unet.load_lora_adapter("{weights}", weight_name="{LORA_FILE}", prefix="unet")',
+            f'AutoPipelineForText2Image.from_pretrained("{base_model}", {HALF_PRECISION})',
+            f'pipe.unet.load_lora_adapter("{place.name}", weight_name="{file}", prefix="unet")',
         )
 
     @property

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer.artifact import Manifest
-from trainer.config import JobSettings
 from trainer.families import NoCompanion, family_class, model_index, resolve
 from trainer.families.base import DENOISER, TEXT, TEXT_TO_IMAGE, VAE, Family
 from trainer.families.quiet import quietly
@@ -26,6 +25,7 @@ from trainer.samples import Conditioning, Picture
 
 ALL_PARTS = frozenset({DENOISER, TEXT, VAE})
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+HALF_PRECISION = "torch_dtype=torch.float16"  # in Python for others
 IMAGE_ENCODER = ("image_encoder", "image_processor")
 # of a pipeline's parts; a scheduler's is read from the model's index
 CLASSES = {
@@ -63,6 +63,7 @@ class Half(Family):
 
     recommended: ClassVar[dict[str, dict[str, Any]]] = RECOMMENDED
     pipeline_class: ClassVar[str]  # of this half alone
+    card_tags: ClassVar[tuple[str, ...]] = ("kandinsky", "kandinsky-2-2")
     parts: ClassVar[dict[str, tuple[str, ...]]]  # DENOISER, TEXT, VAE -> names in the pipeline
 
     def __init__(self, parts: dict[str, Any], dtype: torch.dtype):
@@ -126,11 +127,6 @@ class Half(Family):
         """As `Family.save_pipeline`, of this half alone."""
         with quietly():
             getattr(diffusers, self.pipeline_class)(**self.components()).save_pretrained(folder)
-
-    @classmethod
-    def card_header(cls, settings: JobSettings) -> dict[str, Any]:
-        tags = ["kandinsky", "kandinsky-2-2", "text-to-image", "diffusers"]
-        return {"base_model": settings.base_model, "library_name": "diffusers", "tags": tags}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Nothing is written: neither ComfyUI nor A1111 has a loader for Kandinsky's adapters."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from preprocessing.errors import UserError
-from trainer.artifact import LORA_FILE
+from trainer.artifact import ADAPTER, LORA_FILE, Manifest
 from trainer.config import JobSettings
 from trainer.families.base import (
     DENOISER,
@@ -27,6 +27,7 @@ from trainer.families.base import (
 )
 from trainer.families.kandinsky22.half import (
     ATTENTION,
+    HALF_PRECISION,
     IMAGE_ENCODER,
     Half,
     companion_class,
@@ -96,17 +97,18 @@ class Prior(Half):
             raise UserError("enable_xformers does not train the prior, whose attention is masked: leave it off.")
 
     @classmethod
-    def usage(cls, settings: JobSettings, weights: str) -> str:
-        decoder, half = settings.companion_model, "torch_dtype=torch.float16"
-        if settings.method == "full":
+    def how_to(cls, manifest: Manifest, base_model: str, place: Any) -> str:
+        decoder = manifest.settings["companion_model"]
+        if manifest.method == "full":
             return drawing_code(
-                f'DiffusionPipeline.from_pretrained("{weights}", {half})',
-                'components = {f"prior_{name}": part for name, part in pipe.components.items()}',
-                f'pipe = AutoPipelineForText2Image.from_pretrained("{decoder}", **components, {half})',
+                f'DiffusionPipeline.from_pretrained("{place.name}", {HALF_PRECISION})',
+                'prior = {f"prior_{name}": part for name, part in pipe.components.items()}',
+                f'pipe = AutoPipelineForText2Image.from_pretrained("{decoder}", **prior, {HALF_PRECISION})',
             )
+        file = place.first(LORA_FILE, ADAPTER)
         return drawing_code(
-            f'AutoPipelineForText2Image.from_pretrained("{decoder}", {half})',
-            f'pipe.prior_prior.load_lora_adapter("{weights}", weight_name="{LORA_FILE}", prefix="prior")',
+            f'AutoPipelineForText2Image.from_pretrained("{decoder}", {HALF_PRECISION})',
+            f'pipe.prior_prior.load_lora_adapter("{place.name}", weight_name="{file}", prefix="prior")',
         )
 
     @property
