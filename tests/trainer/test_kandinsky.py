@@ -251,6 +251,25 @@ def test_a_stopped_run_goes_on_bit_for_bit(half, half_settings, train_on, datase
     assert same(again.tensors, whole.tensors) and again.losses == whole.losses
 
 
+def test_epochs_are_counted_out_and_warmup_knows_no_accumulation(half_settings, train_on, dataset, settings):
+    """Four pictures, by one: ten steps of one or five of two; the rate rises by steps of the optimiser alone."""
+    changes = {"method": "lora", "lr_schedule": "constant", "lr_warmup_steps": 4, "train_batch_size": 1}
+    job_settings = half_settings("prior", **changes).model_copy(update={"max_train_steps": None})
+    for accumulation, steps in ((1, 10), (2, 5)):
+        epochs = {"num_train_epochs": 2.5, "gradient_accumulation_steps": accumulation}
+        rows = train_on(job_settings.model_copy(update=epochs), dataset).rows
+        assert len(rows) == steps
+        assert [row["lr/weights"] for row in rows[:5]] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], abs=1e-9)
+    with pytest.raises(ValueError, match="leave one out"):
+        settings(num_train_epochs=1, max_train_steps=1)
+
+
+@pytest.mark.parametrize("method", [{"method": "full"}, {"method": "lora"}])
+def test_bf16_trains_and_keeps_what_it_trains_in_fp32(half, method, half_settings, train_on, dataset):
+    trained = train_on(half_settings(half, **method, mixed_precision="bf16", max_train_steps=2), dataset)
+    assert all(np.isfinite(trained.losses)) and {value.dtype for value in trained.tensors.values()} == {torch.float32}
+
+
 def test_a_dropped_condition_is_the_black_picture(half_settings, one_step):
     kept, dropped = (one_step(half_settings("decoder", caption_dropout=share)) for share in (0.0, 1.0))
     black = kept.family._parts["image_encoder"](torch.zeros(1, 3, 16, 16)).image_embeds[0]

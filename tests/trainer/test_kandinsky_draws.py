@@ -20,7 +20,7 @@ from PIL import Image
 import predict
 from preprocessing.errors import UserError
 from tests.trainer.test_kandinsky import half_settings
-from trainer import artifact, families, job
+from trainer import artifact, families, job, join
 from trainer.artifact import LORA_FILE
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
@@ -273,6 +273,12 @@ def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
     header = {"lora_adapter_metadata": json.dumps(configs)}
     artifact.save_tensors(tmp_path / "both.safetensors", tensors, header)
     assert (drawn_with(generator, tmp_path / "both.safetensors") == expected).all()
+    join.main(
+        ["--weights", str(archives[1]), "--companion_weights", str(archives[0]), "--out", str(tmp_path / "one.tar")]
+    )
+    assert (drawn_with(generator, tmp_path / "one.tar") == expected).all()
+    with pytest.raises(UserError, match="Both weights hold"):
+        join.join(join.JoinSettings(weights=archives[0], companion_weights=tmp_path / "one.tar", out=tmp_path / "x"))
     assert (drawn_with(generator, *archives, lora_scale=0.0) == drawn(generator)).all()
     with pytest.raises(UserError, match="both hold weights of the unet"):
         generator.use(archives[1], tmp_path / "both.safetensors")
@@ -341,3 +347,5 @@ def test_half_a_base_is_told(tiny_decoder, tiny_prior, tmp_path) -> None:
     shutil.rmtree(broken / "movq")
     with pytest.raises(UserError, match="movq"):
         Generator(str(broken), "cpu")
+    with pytest.raises(families.NoCompanion, match="movq"):  # a prior can do without
+        Generator(str(tiny_prior), "cpu", companion=str(broken))

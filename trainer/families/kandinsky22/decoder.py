@@ -23,8 +23,8 @@ from trainer.families.kandinsky22.half import (
     HALF_PRECISION,
     IMAGE_ENCODER,
     Half,
-    companion_class,
     drawing_code,
+    load_companion,
     load_parts,
 )
 from trainer.samples import Conditioning, Picture, Sample
@@ -76,15 +76,14 @@ class Decoder(Half):
         loaded = load_parts(source, cls.wanted(parts), dtype)
         if VAE in parts:
             companion = companion or cls.usual_companion(source)
-            companion_class(companion, "kandinsky22_prior")
-            loaded |= load_parts(companion, list(IMAGE_ENCODER), dtype)
+            loaded |= load_companion((companion, "kandinsky22_prior"), list(IMAGE_ENCODER), dtype)
         return cls(loaded, dtype)
 
     @classmethod
     def load_drawable(cls, source: str, companion: str | None, dtype: torch.dtype) -> Drawable:
         from trainer.families.kandinsky22.pair import Pair
 
-        return Pair.load(prior=companion, decoder=source, dtype=dtype)
+        return Pair.of_decoder(source, companion, dtype)
 
     @classmethod
     def check(cls, settings: JobSettings) -> None:

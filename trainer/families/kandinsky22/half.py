@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer.artifact import Manifest
-from trainer.families import NoCompanion, family_class, model_index, resolve
+from trainer.families import INDEX, NoCompanion, family_class, model_index, resolve
 from trainer.families.base import DENOISER, TEXT, TEXT_TO_IMAGE, VAE, Family
 from trainer.families.quiet import quietly
 from trainer.objectives import Ddpm
@@ -127,6 +127,10 @@ class Half(Family):
         """As `Family.save_pipeline`, of this half alone."""
         with quietly():
             getattr(diffusers, self.pipeline_class)(**self.components()).save_pretrained(folder)
+        index = folder / INDEX
+        # without torchvision transformers calls it otherwise, which programs with it do not know
+        text = index.read_text(encoding="utf-8").replace("CLIPImageProcessorPil", "CLIPImageProcessor")
+        index.write_text(text, encoding="utf-8")
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Nothing is written: neither ComfyUI nor A1111 has a loader for Kandinsky's adapters."""
@@ -172,12 +176,26 @@ def companion_class(companion: str, wanted: str) -> type[Family]:
     try:
         family = family_class(companion)
     except UserError as error:
-        raise NoCompanion(
-            f"companion_model {companion} could not be had: name the folder or Hub id of a {wanted} ({error})"
-        ) from error
+        raise _no_companion(companion, wanted, error) from error
     if family.name != wanted:
         raise UserError(f"companion_model {companion} is a {family.name}: name the folder or Hub id of a {wanted}.")
     return family
+
+
+def load_companion(companion: tuple[str, str], names: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """As `load_parts`, of the other half: its source and the family that it must be. Raises NoCompanion too."""
+    source, wanted = companion
+    companion_class(source, wanted)
+    try:
+        return load_parts(source, names, dtype)
+    except UserError as error:
+        raise _no_companion(source, wanted, error) from error
+
+
+def _no_companion(companion: str, wanted: str, error: UserError) -> NoCompanion:
+    return NoCompanion(
+        f"companion_model {companion} could not be had: name the folder or Hub id of a {wanted} ({error})"
+    )
 
 
 def to_image(picture: Picture) -> Image.Image:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from preprocessing.errors import UserError
 from trainer.families.base import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, Drawable, TextTower
 from trainer.families.kandinsky22.decoder import Decoder
-from trainer.families.kandinsky22.half import ALL_PARTS, companion_class, load_parts
+from trainer.families.kandinsky22.half import ALL_PARTS, load_companion, load_parts
 from trainer.families.kandinsky22.prior import Prior
 from trainer.samples import Conditioning
 
@@ -36,12 +36,16 @@ class Pair(Drawable):
         self.device = prior.device
 
     @classmethod
-    def load(cls, prior: str, decoder: str, dtype: torch.dtype) -> Pair:
-        """Both from their sources, on the CPU; the image encoder is there once, the prior's."""
-        companion_class(prior, Prior.name)
-        companion_class(decoder, Decoder.name)
-        parts = load_parts(decoder, Decoder.wanted(ALL_PARTS), dtype)
-        return cls(Prior.load(prior, ALL_PARTS, dtype), Decoder(parts, dtype))
+    def of_prior(cls, source: str, companion: str, dtype: torch.dtype) -> Pair:
+        """A prior with a decoder as its companion, on the CPU; the image encoder is there once, the prior's."""
+        decoder = load_companion((companion, Decoder.name), Decoder.wanted(ALL_PARTS), dtype)
+        return cls(Prior(load_parts(source, Prior.wanted(ALL_PARTS), dtype), dtype), Decoder(decoder, dtype))
+
+    @classmethod
+    def of_decoder(cls, source: str, companion: str, dtype: torch.dtype) -> Pair:
+        """A decoder with a prior as its companion."""
+        prior = load_companion((companion, Prior.name), Prior.wanted(ALL_PARTS), dtype)
+        return cls(Prior(prior, dtype), Decoder(load_parts(source, Decoder.wanted(ALL_PARTS), dtype), dtype))
 
     @property
     def serves(self) -> tuple[str, ...]:

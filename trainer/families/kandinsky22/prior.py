@@ -87,7 +87,7 @@ class Prior(Half):
     def load_drawable(cls, source: str, companion: str | None, dtype: torch.dtype) -> Drawable:
         from trainer.families.kandinsky22.pair import Pair
 
-        return Pair.load(prior=source, decoder=companion, dtype=dtype)
+        return Pair.of_prior(source, companion, dtype)
 
     @classmethod
     def check(cls, settings: JobSettings) -> None:
