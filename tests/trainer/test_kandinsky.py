@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from tests.trainer.test_loop import SPLIT, child, free_port, same
+from tests.trainer.test_loop import SPLIT, same, train_on_two
 from trainer import cache, families, job, methods
 from trainer.config import JobSettings
 from trainer.families.base import Family
@@ -220,12 +220,7 @@ def test_statistics_of_the_prior_are_not_trained(half_settings, train_on, datase
 def test_two_processes_are_one(half, variant, half_settings, train_on, read_job, dataset, tmp_path):
     variant = SPLIT | variant | {"preservation_weight": 0.0}
     shared = half_settings(half, **variant, train_batch_size=2, output_dir=tmp_path / "two")
-    (tmp_path / "settings.json").write_text(shared.model_dump_json(), encoding="utf-8")
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    processes = [child(tmp_path / "settings.json", dataset.folder, 0, **where, **rank) for rank in ranks]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    train_on_two(shared, dataset, tmp_path)
     two = read_job(tmp_path / "two")
     one = train_on(half_settings(half, **variant, train_batch_size=4), dataset)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)

@@ -169,7 +169,20 @@ def run_code(monkeypatch) -> Callable[[str], np.ndarray]:
     return run
 
 
-SNIPPETS = {  # the seed's, with load_lora_adapter for load_attn_procs, which diffusers no longer reads LoRA with
+# the seed's, with load_lora_adapter for load_attn_procs, which diffusers no longer reads LoRA with
+LORA_SNIPPET = """
+from diffusers import AutoPipelineForText2Image
+import torch
+
+pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
+pipe.{module}.load_lora_adapter(output_dir, weight_name="pytorch_lora_weights.safetensors", prefix="{net}")
+pipe.enable_model_cpu_offload()
+
+prompt='A robot naruto, 4k photo'
+image = pipe(prompt=prompt).images[0]
+image.save("robot_naruto.png")
+"""
+SNIPPETS = {
     ("decoder", "full"): """
 from diffusers import AutoPipelineForText2Image
 import torch
@@ -194,30 +207,8 @@ prompt='A robot naruto, 4k photo'
 images = pipe(prompt=prompt).images
 images[0].save("robot-naruto.png")
 """,
-    ("decoder", "lora"): """
-from diffusers import AutoPipelineForText2Image
-import torch
-
-pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
-pipe.unet.load_lora_adapter(output_dir, weight_name="pytorch_lora_weights.safetensors", prefix="unet")
-pipe.enable_model_cpu_offload()
-
-prompt='A robot naruto, 4k photo'
-image = pipe(prompt=prompt).images[0]
-image.save("robot_naruto.png")
-""",
-    ("prior", "lora"): """
-from diffusers import AutoPipelineForText2Image
-import torch
-
-pipe = AutoPipelineForText2Image.from_pretrained(decoder, torch_dtype=torch.float16)
-pipe.prior_prior.load_lora_adapter(output_dir, weight_name="pytorch_lora_weights.safetensors", prefix="prior")
-pipe.enable_model_cpu_offload()
-
-prompt='A robot naruto, 4k photo'
-image = pipe(prompt=prompt).images[0]
-image.save("robot_naruto.png")
-""",
+    ("decoder", "lora"): LORA_SNIPPET.format(module="unet", net="unet"),
+    ("prior", "lora"): LORA_SNIPPET.format(module="prior_prior", net="prior"),
 }
 
 

@@ -120,6 +120,7 @@ class Prior(Half):
     def replace_tokenizer(self, encoder_name: str, tokenizer: Any) -> None:
         self._parts["tokenizer"] = tokenizer
 
+    @torch.no_grad()
     def encode(
         self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None
     ) -> list[Sample]:
