@@ -197,7 +197,12 @@ METHODS = {
 
 @pytest.mark.parametrize(
     ("half", "name"),
-    [(half, name) for half in HALVES for name in METHODS if (half, name) != ("decoder", "pivotal")],
+    [
+        ("prior", "full"),
+        ("decoder", "lora"),
+        *(pytest.param("prior", name, marks=pytest.mark.slow) for name in ("lora", "dora", "pivotal")),
+        *(pytest.param("decoder", name, marks=pytest.mark.slow) for name in ("full", "dora")),
+    ],
 )
 def test_loss_falls(half, name, half_settings, train_on, one_picture, monkeypatch):
     """On one picture at one time and noise, where only learning can lower it."""
@@ -224,6 +229,7 @@ def test_two_processes_are_one(half, variant, half_settings, train_on, read_job,
     two = read_job(tmp_path / "two")
     one = train_on(half_settings(half, **variant, train_batch_size=4), dataset)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert [row["lr/weights"] for row in two.rows] == [row["lr/weights"] for row in one.rows]
     assert two.tensors.keys() == one.tensors.keys()
     for name, value in one.tensors.items():
         # of three steps of 1e-3: where a gradient is all but zero, Adam makes much of how a sum was rounded

@@ -296,8 +296,7 @@ def test_previews_have_the_trained_size(trained) -> None:
 OLD_NAMES = {"to_out.0": "to_out"}
 
 
-@pytest.mark.parametrize("half", ["prior", "decoder"])
-@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize(("half", "prefixed"), [("prior", False), ("decoder", True)])
 def test_old_attention_processors_files_load_whole(half, prefixed, trained, generator, tmp_path) -> None:
     settings = trained(half, method="lora", lora_targets="attention")
     tensors, _ = artifact.load_tensors(settings.output_dir / LORA_FILE)
