@@ -4,6 +4,7 @@
     adapter.safetensors     diffusers/peft keys ("unet.", "text_encoder.", "text_encoder_2." and the module's path)
     embeddings.safetensors  clip_l [n, d], clip_g [n, d]: the new tokens, where the method has them
     comfyui/*.safetensors   the same adapter in kohya's keys (trainer.kohya)
+    evaluation.json         how good they are (trainer.evaluation.summary.Summary)
     config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
 
 An archive may come from anybody, so that every member's name, kind and size is checked before a byte is written, and
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name for LoRA weights
+EVALUATION = "evaluation.json"
 MEMBERS = (
     MANIFEST,
     ADAPTER,
@@ -46,6 +48,7 @@ MEMBERS = (
     "config.yaml",
     "captions.jsonl",
     "metrics.jsonl",
+    EVALUATION,
     "report.html",
     "samples/*.png",
 )
@@ -87,6 +90,7 @@ class Manifest(BaseModel):
     dataset_hash: str
     step: int  # the optimiser step that the weights are from
     created: datetime
+    chosen: str = ""  # why the weights are of that step, in a sentence
     scores: dict[str, float] = {}
     libraries: dict[str, str] = {}  # distribution -> version
     nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`

@@ -5,8 +5,8 @@ Everything is stored by sample, never by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,6 +31,11 @@ class Cache:
     def buckets(self) -> list[tuple[int, ...]]:
         """The latent shape of each picture."""
         return [tuple(sample.mean.shape) for sample in self.samples]
+
+    def without(self, pictures: Collection[int]) -> Cache:
+        """The same with these pictures never trained on."""
+        repeats = self.repeats or (1,) * len(self.samples)
+        return replace(self, repeats=tuple(0 if i in pictures else count for i, count in enumerate(repeats)))
 
 
 def _runs(pictures: Sequence[Picture]) -> list[list[int]]:

@@ -73,6 +73,31 @@ class ObjectiveSettings(PrepareSettings):
     )
 
 
+class EvaluationSettings(PrepareSettings):
+    """How a job judges itself."""
+
+    holdout: int | None = Field(
+        None,
+        ge=0,
+        description="Pictures kept from training to judge it by; null: 15 %, or of fewer than 8 none but "
+        "cross-validation; 0: train on everything, to the last step.",
+    )
+    validation_folds: int = Field(
+        2,
+        ge=0,
+        le=7,
+        description="Of fewer than 8 pictures: further runs that leave a part out; 0: none.",
+    )
+    evaluate_every: int | None = Field(None, ge=1, description="Steps between evaluations; null: eight a run.")
+    keep_evaluated: bool = Field(
+        False, description="Keep the weights of every evaluation, not of the best, the middle and the last one only."
+    )
+    early_stop: bool = Field(True, description="End a run that is overfitted beyond doubt; its best step is delivered.")
+    unrelated_prompts: tuple[str, ...] | None = Field(
+        None, description="Prompts on which drift from the base model is measured; null: what suits the base model."
+    )
+
+
 class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
@@ -103,7 +128,7 @@ class RunSettings(PrepareSettings):
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 
 
-class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
+class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings):
     """All settings of one job."""
 
     @model_validator(mode="after")

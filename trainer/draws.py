@@ -31,8 +31,8 @@ class Draw:
     prompt: float  # [0, 1), picks a preserved prompt
 
 
-def draw(seed: int, step: int, position: tuple[int, int], shape: torch.Size, noise_offset: float) -> Draw:
-    """Draws of sample `position` = (index, count) of one optimiser step.
+def draw(seed: int, step: int | str, position: tuple[int, int], shape: torch.Size, noise_offset: float) -> Draw:
+    """Draws of sample `position` = (index, count) of one optimiser step (or of what else is told by a name).
 
     Times are stratified: the step's samples lie evenly around one random offset, which lowers the variance of the
     gradient (low-discrepancy sampler, Kingma et al. 2021, arXiv:2107.00630, appendix I.1). `noise_offset` adds one

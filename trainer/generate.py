@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from preprocessing.errors import UserError
-from preprocessing.trigger import trigger_pattern
+from preprocessing.trigger import without_trigger
 from trainer import artifact, families, foreign, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -197,8 +197,8 @@ class Generator:
     def _without_tokens(self, prompt: str) -> str:
         """The prompt with the class word in place of each trigger that stands for tokens."""
         for manifest in (one for one in self.manifests if one.tokens):
-            prompt = trigger_pattern(manifest.trigger_word).sub(lambda _, word=manifest.class_word: word, prompt)
-        return " ".join(prompt.split())
+            prompt = without_trigger(prompt, manifest.trigger_word, manifest.class_word)
+        return prompt
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:
         if settings.negative_prompt:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,22 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from preprocessing.errors import UserError
-from preprocessing.findings import Findings, examine
+from preprocessing.findings import Findings
 from preprocessing.preflight import write_preflight
 from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
 from preprocessing.sources import is_dataset
-from preprocessing.trigger import trigger_pattern
-from trainer import artifact, cache, delivery, families, methods, preflight
-from trainer.checkpoint import Checkpoints, fingerprint
+from trainer import artifact, delivery, families, methods, preflight
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
-from trainer.families.base import DENOISER, TEXT, VAE, Family
-from trainer.loop import Loop, Plan
-from trainer.methods.base import Method
-from trainer.preview import draw_previews
-from trainer.step import BatchMaker, TrainStep
+from trainer.evaluation.summary import Summary
+from trainer.families.base import DENOISER, TEXT, VAE
+from trainer.fitting import Fitted, Loaded, fit, planned, summarised
+from trainer.loop import Loop
+from trainer.preview import draw_gallery
+from trainer.stages import OnStep, Progress, Stages
 
 ARCHIVE = "trained_model.tar"
-Progress = Callable[[str, int, int], None]
-OnStep = Callable[[dict[str, float], int], None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,7 @@ class JobResult:
     output_dir: Path
     samples: tuple[Path, ...]
     stage_seconds: dict[str, float]
+    summary: Summary
 
 
 @dataclass(frozen=True)
@@ -62,45 +58,6 @@ class DryRun:
 
     report: Path
     findings: Findings
-
-
-@dataclass
-class Stages:
-    """Times the stages of a job."""
-
-    progress: Progress
-    on_step: OnStep
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress(name, 0, 1)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 3)
-
-    def on_step_of(self, steps: int) -> Callable[[dict[str, float]], None]:
-        """What the loop calls with each row of a run of `steps` steps."""
-
-        def told(row: dict[str, float]) -> None:
-            self.progress("train", row["step"], steps)
-            self.on_step(row, steps)
-
-        return told
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What training needs: the data set, the family and method, neither attached to the other yet, and the settings
-    with every open choice made.
-    """
-
-    accelerator: Accelerator
-    dataset: PreparedDataset
-    family: Family
-    method: Method
-    stages: Stages
-    settings: JobSettings
 
 
 def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
@@ -116,12 +73,9 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
         settings, dataset = parts.settings, parts.dataset
-        weights = fit(parts, settings)
-    del parts
-    if weights is None:
-        return None
-    with weights:
-        return finish(Path(weights.name), dataset, stages, settings)
+        fitted = fit(parts, settings)
+    del parts  # the model leaves memory before it is loaded anew to draw
+    return None if fitted is None else finish(fitted, dataset, stages, settings)
 
 
 def dry_run(settings: JobSettings) -> DryRun | None:
@@ -138,7 +92,7 @@ def dry_run(settings: JobSettings) -> DryRun | None:
             few = preflight.few_steps(settings, Path(scratch))
             watch = preflight.Watch(parts.accelerator.device)
             stages.on_step = watch.on_step
-            plan, findings = planned(replace(parts, dataset=largest), few, parts.dataset)
+            plan, _, findings = planned(replace(parts, dataset=largest), few, parts.dataset)
             with training_attention(parts.accelerator.device):
                 Loop(parts.accelerator, plan).run(few.output_dir)
         if not parts.accelerator.is_main_process:
@@ -248,100 +202,21 @@ def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress
     return PreparedDataset.load(folder)
 
 
-def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDataset) -> tuple[str, ...]:
-    """The prompts on which the base model's predictions are to be kept; none where the method cannot change them."""
-    if not settings.preservation_weight or not method.changes_weights:
-        return ()
-    if settings.preservation_prompts:
-        return settings.preservation_prompts
-    pattern = trigger_pattern(settings.trigger_word)
-    plain = (" ".join(pattern.sub(lambda _: settings.class_word, item.caption).split()) for item in dataset.items)
-    return tuple(dict.fromkeys(caption for caption in plain if caption))
-
-
-def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tuple[Plan, Findings]:
-    """Encode the data set, attach the method, and say what the loop is to run, and what was found in the `whole` data
-    set, of which the one to encode is a part. The pre-flight report is written beside it.
-    """
-    family, method, dataset, accelerator = parts.family, parts.method, parts.dataset, parts.accelerator
-    preserved = preserved_prompts(settings, method, dataset)
-    with parts.stages.stage("cache"):
-        # before the method attaches: what is cached of the text is the base model's
-        captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
-        cached = cache.build(family, dataset, [*captions, *preserved], parts.stages.progress)
-        family.free(VAE)
-        groups = method.attach(family)
-    findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
-    findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
-    if accelerator.is_main_process:
-        write_preflight(whole, findings)
-    if not method.needs_text_grad:
-        family.free(TEXT)
-    if settings.gradient_checkpointing:
-        family.enable_gradient_checkpointing()
-    if settings.enable_xformers:
-        family.enable_xformers()
-    identity = fingerprint(settings, dataset.dataset_hash) | {
-        "base_hash": families.fingerprint(settings.base_model),
-        "processes": accelerator.num_processes,
-    }
-    plan = Plan(
-        module=TrainStep(family, method, cached, settings),
-        batches=BatchMaker(cached, settings, accelerator.device, preserved),
-        groups=groups,
-        method=method,
-        settings=settings,
-        checkpoints=Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit),
-        on_step=parts.stages.on_step_of(settings.max_train_steps),
-        beside=_writer(parts, settings) if settings.save_diffusers else None,
-    )
-    return plan, findings
-
-
-def _writer(parts: Loaded, settings: JobSettings) -> Callable[[Path], None]:
-    """What puts the weights in diffusers' layout into each checkpoint, whose name tells the step."""
-
-    def write(folder: Path) -> None:
-        step = int(folder.name.rpartition("_")[2])
-        manifest = delivery.manifest_of(parts.family, parts.method, parts.dataset, (settings, step))
-        parts.method.save_diffusers(folder, manifest)
-
-    return write
-
-
-def fit(parts: Loaded, settings: JobSettings) -> tempfile.TemporaryDirectory | None:
-    """Encode, train and save the weights into a temporary folder (first process only)."""
-    accelerator, stages = parts.accelerator, parts.stages
-    plan, _ = planned(parts, settings, parts.dataset)
-    if accelerator.is_main_process and not settings.resume:
-        # of an earlier job: never mixed with this one's
-        shutil.rmtree(plan.checkpoints.folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with stages.stage("train"), training_attention(accelerator.device):
-        step = Loop(accelerator, plan).run(settings.output_dir)
-    if not accelerator.is_main_process:
-        return None
-    with stages.stage("save"):
-        weights = tempfile.TemporaryDirectory(prefix="weights-")
-        delivery.save_weights(Path(weights.name), parts.family, parts.method, parts.dataset, (settings, step))
-    return weights
-
-
-def finish(folder: Path, dataset: PreparedDataset, stages: Stages, settings: JobSettings) -> JobResult:
-    """Pack the weights, draw previews from the packed archive, write the report, and pack again with both."""
+def finish(fitted: Fitted, dataset: PreparedDataset, stages: Stages, settings: JobSettings) -> JobResult:
+    """Pack the chosen weights, draw from the packed archive, judge and report, and pack again with all of it."""
     archive = settings.output_dir / ARCHIVE
-    artifact.write(folder, archive)
-    if settings.save_diffusers and methods.METHODS[settings.method].trains_base_weights:
-        with stages.stage("pipeline"):
-            delivery.save_pipeline(folder, settings)
-    previews, remarks = [], ()
-    with stages.stage("preview"):
-        try:
-            previews = draw_previews(archive, settings, stages.progress)
-        except families.NoCompanion as error:  # the weights are finished all the same
-            remarks = (f"No pictures were drawn: {error}",)
-            print(f"warning: {remarks[0]}", file=sys.stderr)
-    report = delivery.add_report(folder, dataset, settings, (previews, remarks), stages.seconds)
-    artifact.write(folder, archive)
-    samples = tuple(preview.adapted for preview in previews)
-    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds))
+    with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
+        folder = Path(scratch) / "archive"
+        shutil.copytree(fitted.weights, folder)
+        delivery.add_papers(folder, dataset, settings)
+        artifact.write(folder, archive)
+        if settings.save_diffusers:
+            with stages.stage("diffusers"):
+                delivery.save_diffusers(folder, settings)
+        with stages.stage("preview"):
+            gallery = draw_gallery(archive, dataset, settings, stages.progress)
+        summary = summarised(fitted, dataset, gallery, stages.seconds)
+        report = delivery.add_report(folder, dataset, settings, (summary, gallery), stages.seconds)
+        artifact.write(folder, archive)
+    samples = tuple(preview.adapted for preview in gallery.previews)
+    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds), summary)

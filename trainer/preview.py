@@ -1,15 +1,19 @@
-"""Pictures drawn from the saved archive, by the code that predict uses: the base model's beside the adapted one's."""
+"""Pictures drawn from the saved archive, by the code that predict uses: the base model's beside the adapted ones."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from preprocessing.prepared import PreparedDataset
 from preprocessing.settings import Mode
-from trainer import families
+from trainer import families, methods
 from trainer.config import JobSettings
-from trainer.drawing import DrawSettings
-from trainer.generate import Generator
+from trainer.evaluation.exhibit import Exhibit, Seen, look, refuse_blank
+from trainer.evaluation.gallery import Wish, drawn
+from trainer.generate import PIPELINE_DEFAULTS
 from trainer.report import Preview
 
 DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
@@ -45,33 +49,63 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
-def trained_size(settings: JobSettings, generator: Generator) -> dict[str, int]:
-    """Width and height of a square picture of the trained resolution, as the model can draw it."""
-    stride = generator.geometry.stride
-    side = max(stride, settings.resolution // stride * stride)
-    return {"width": side, "height": side}
+@dataclass(frozen=True)
+class Gallery:
+    """What a finished job drew. `grid` has, by seed and prompt, the base model's picture and one for each strength."""
+
+    previews: list[Preview]
+    strengths: tuple[float, ...]
+    grid: dict[int, dict[str, list[Path]]]
+    nearest: list[tuple[Path, int, float]]  # sample, index of the nearest picture in the data set, distance
+    seen: Seen
+    extra_share: float  # of the pictures, those beyond the previews
+    remarks: tuple[str, ...] = ()  # on what could not be drawn
 
 
-def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]) -> list[Preview]:
-    """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
+def draw_gallery(
+    archive: Path, dataset: PreparedDataset, settings: JobSettings, progress: Callable[[str, int, int], None]
+) -> Gallery:
+    """Draw previews, grid and more from the archive into output_dir/samples, and look at them; nothing, where the other
+    half of the base model is missing.
+
+    Raises UserError where the weights draw nothing.
+    """
     folder = settings.output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    jobs = [(prompt, seed) for prompt in prompts_of(settings) for seed in settings.preview_seeds]
-    prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
-    generator = Generator(settings.base_model, companion=settings.companion_model)
-    drawing = DrawSettings(prompt=prompts[0], **trained_size(settings, generator))
-    drawn = {}
-    for step, name in enumerate(("base", "adapted")):
-        if name == "adapted":
-            generator.use(archive)
-        drawn[name] = generator.draw_prompts(prompts, seeds, drawing)
-        progress("preview", step + 1, 2)
+    own = families.recommended(settings.base_model, "draw")
+    steps = own.get("num_inference_steps", PIPELINE_DEFAULTS["num_inference_steps"])
+    exhibit = Exhibit.of(prompts_of(settings), settings, steps, methods.create(settings).has_strength)
+    wishes = list(dict.fromkeys(exhibit.wishes()))
+    try:
+        pictures = drawn(settings, archive, wishes, lambda done, of: progress("preview", done, of))
+    except families.NoCompanion as error:  # the weights are finished all the same
+        remark = f"No pictures were drawn: {error}"
+        print(f"warning: {remark}", file=sys.stderr)
+        return Gallery([], (), {}, [], Seen((), None, None), 0.0, (remark,))
+    paths = {wish: folder / f"{i:02d}_{_kind(wish)}.png" for i, wish in enumerate(wishes)}
     previews = []
-    for i, (prompt, seed) in enumerate(jobs):
-        paths = {name: folder / f"{i:02d}_{name}.png" for name in drawn}
-        for name, path in paths.items():
-            drawn[name][i].save(path)
-        previews.append(Preview(prompt, seed, paths["base"], paths["adapted"]))
-    return previews
+    for i, wish in enumerate(exhibit.previews):
+        base = replace(wish, strength=None)
+        paths |= {base: folder / f"{i:02d}_base.png", wish: folder / f"{i:02d}_adapted.png"}
+        previews.append(Preview(wish.prompt, wish.seed, paths[base], paths[wish]))
+    for wish, picture in pictures.items():
+        picture.save(paths[wish])
+    refuse_blank(pictures, [wish for wish in wishes if wish.strength == 1])
+    seen = look(pictures, exhibit, dataset)
+    return Gallery(
+        previews=previews,
+        strengths=exhibit.strengths,
+        grid={
+            seed: {prompt: [paths[wish] for wish in row] for prompt, row in exhibit.rows(seed).items()}
+            for seed in exhibit.grid_seeds
+        },
+        nearest=[(paths[wish], found.picture, found.distance) for wish, found in seen.neighbours],
+        seen=seen,
+        extra_share=1 - 2 * len(exhibit.previews) / len(wishes),
+    )
+
+
+def _kind(wish: Wish) -> str:
+    return "base" if wish.strength is None else f"at_{wish.strength}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,11 @@ class BatchMaker:
     def __init__(self, cache: Cache, settings: JobSettings, device: torch.device, preserved: tuple[str, ...]):
         self.cache, self.settings, self.device, self.preserved = cache, settings, device, preserved
 
-    def make(self, step: int, indices: list[int], positions: range, count: int) -> Batch:
+    def without(self, pictures: Collection[int]) -> BatchMaker:
+        """The same with these pictures never trained on."""
+        return BatchMaker(self.cache.without(pictures), self.settings, self.device, self.preserved)
+
+    def make(self, step: int | str, indices: list[int], positions: range, count: int) -> Batch:
         """The batch of the pictures `indices`, which stand at `positions` of the optimiser step's `count` samples."""
         settings, samples, draws = self.settings, [], []
         for index, position in zip(indices, positions, strict=True):
@@ -63,13 +69,33 @@ class TrainStep(nn.Module):
         self._family, self._method, self._settings, self._text = family, method, settings, cache.text
 
     def forward(self, batch: Batch) -> Tensor:
-        conditioning = batch.conditioning | self._conditioning(batch.captions)
+        conditioning = batch.conditioning | self.conditioning(batch.captions)
         loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()
 
-    def _conditioning(self, captions: list[str]) -> Conditioning:
+    def losses(self, batch: Batch) -> Tensor:
+        """The denoising loss of each sample, without preservation or penalty: [B]."""
+        conditioning = batch.conditioning | self.conditioning(batch.captions)
+        return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
+
+    def base_losses(self, batch: Batch) -> Tensor:
+        """The same of the base model, whose text is read from the cache: [B]."""
+        with self._method.disabled(self._family):
+            conditioning = batch.conditioning | lookup(self._text, batch.captions)
+            return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
+
+    def drift(self, batch: Batch) -> Tensor:
+        """Squared distance of each prediction from the base model's, as a share of the latter's square: [B]."""
+        base_text = lookup(self._text, batch.captions)
+        with self._method.disabled(self._family):
+            base = self._family.probe(batch, batch.conditioning | base_text)
+        adapted = self._family.probe(batch, batch.conditioning | self.conditioning(batch.captions))
+        return (adapted - base).square().flatten(1).sum(dim=1) / base.square().flatten(1).sum(dim=1)
+
+    def conditioning(self, captions: list[str]) -> Conditioning:
+        """The text conditioning of B captions as the adapted model reads them: tensors [B, ...]."""
         if not self._method.needs_text_grad:
             return lookup(self._text, captions)
         encoded = self._family.encode_text(self._method.words(captions))

@@ -32,6 +32,7 @@ from trainer import families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.fitting import Fitted
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 
@@ -229,6 +230,7 @@ def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
         n_tokens=2,
         report_to="none",
         mixed_precision="no",
+        holdout=0,
     )
 
 
@@ -343,7 +345,7 @@ class Trained:
 
 def read_trained(output_dir: Path) -> Trained:
     """Read what `train_on` left in `output_dir`."""
-    weights = output_dir / "weights"
+    weights = output_dir / "delivered"
     tensors = {}
     for path in weights.glob("*.safetensors"):
         tensors |= load_tensors(path)[0]
@@ -369,8 +371,8 @@ def train_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
     """Runs the real job on a prepared data set, up to the weights; nothing is prepared and nothing is drawn."""
 
     def run(settings: JobSettings, dataset: PreparedDataset, progress: job.Progress | None = None) -> Trained:
-        def keep(folder: Path, *_: object) -> None:
-            shutil.copytree(folder, settings.output_dir / "weights", dirs_exist_ok=True)
+        def keep(fitted: Fitted, *_: object) -> None:
+            shutil.copytree(fitted.weights, settings.output_dir / "delivered", dirs_exist_ok=True)
 
         monkeypatch.setattr(job, "prepared", lambda *_: dataset)
         monkeypatch.setattr(job, "finish", keep)

@@ -19,14 +19,17 @@ from PIL import Image
 
 import predict
 from preprocessing.errors import UserError
-from tests.trainer.test_kandinsky import half_settings
 from trainer import artifact, families, job, join
 from trainer.artifact import LORA_FILE
 from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 
-__all__ = ["half_settings"]
+FULL = {"checkpoint_every": 1, "ema_decay": 0.5}
+JOBS = {
+    "prior": {"method": "lora", "lora_targets": "attention"},
+    "decoder": {"method": "lora", "use_dora": True, "lora_rank": 2, "lora_alpha": 1.0},
+}
 PROMPT = "A robot naruto, 4k photo"
 CALL = {"num_inference_steps": 3, "prior_num_inference_steps": 3}
 SIZE = {"width": 32, "height": 32}
@@ -125,26 +128,30 @@ def test_settings_of_a_prior_are_refused_elsewhere(tiny_sd) -> None:
         Generator(str(tiny_sd), "cpu").draw(DrawSettings(prompt="a", prior_guidance_scale=2.0))
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def trained(tiny_prior, tiny_decoder, tmp_path_factory) -> Callable[..., JobSettings]:
+    """Runs a whole short job on one half, once for each settings, and gives these back."""
+    pictures, done = tmp_path_factory.mktemp("pictures"), {}
     for i in range(2):
-        Image.new("RGB", (40, 36), (90 * i, 200, 40)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"TOK number {i}", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def trained(half_settings, pictures) -> Callable[..., JobSettings]:
-    """Runs a whole short job on one half and gives back its settings."""
+        Image.new("RGB", (48, 40), (90 * i, 200, 40)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"TOK number {i}", encoding="utf-8")
 
     def run(half: str, **changes: Any) -> JobSettings:
-        usual = {"input_images": pictures, "max_train_steps": 2, "learning_rate": 0.02, "lr_schedule": "constant"}
-        previews = {"preview_prompts": ["TOK"], "preview_seeds": [1], "lora_targets": "all"}
-        settings = half_settings(half, **(usual | previews | changes))
-        job.train(settings)
-        return settings
+        models = {"prior": tiny_prior, "decoder": tiny_decoder}
+        (other,) = models.keys() - {half}
+        usual = {
+            **{"input_images": pictures, "base_model": str(models[half]), "companion_model": str(models[other])},
+            **{"method": "full", "snr_gamma": None, "resolution": 40, "mixed_precision": "no", "report_to": "none"},
+            **{"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 0.02, "lr_schedule": "constant"},
+            **{"lr_warmup_steps": 0, "preview_prompts": ["TOK"], "preview_seeds": [1], "holdout": 0},
+            **{"validation_folds": 0, "save_diffusers": True},
+        }
+        key = json.dumps([half, changes], default=str, sort_keys=True)
+        if key not in done:
+            output = tmp_path_factory.mktemp("jobs")
+            done[key] = JobSettings(**(usual | {"output_dir": output} | changes))
+            job.train(done[key])
+        return done[key]
 
     return run
 
@@ -214,7 +221,7 @@ images[0].save("robot-naruto.png")
 
 @pytest.mark.parametrize(("half", "method"), SNIPPETS)
 def test_the_seeds_snippets_draw_what_predict_draws(half, method, trained, run_code, generator, tiny_decoder) -> None:
-    settings = trained(half, method=method, lora_alpha=1.0, use_dora=method == "lora" and half == "decoder")
+    settings = trained(half, **(JOBS[half] if method == "lora" else FULL))
     expected = drawn_with(generator, archive_of(settings))
     assert (expected != drawn(generator)).any()
     names = f"output_dir, decoder = {str(settings.output_dir)!r}, {str(tiny_decoder)!r}\n"
@@ -236,7 +243,7 @@ def drawn_with(generator: Generator, *archives: Path, **changes: Any) -> np.ndar
 
 def test_a_checkpoints_unet_draws(trained, tiny_decoder, generator) -> None:
     """The seed's second snippet; the checkpoint of the last step is what was delivered."""
-    settings = trained("decoder", checkpoint_every=1, ema_decay=0.5)
+    settings = trained("decoder", **FULL)
     checkpoints = sorted((settings.output_dir / "checkpoints").glob("step_*"))
     unet = UNet2DConditionModel.from_pretrained(checkpoints[-1] / "unet")
     pipe = quiet(AutoPipelineForText2Image.from_pretrained(tiny_decoder, unet=unet))
@@ -245,8 +252,7 @@ def test_a_checkpoints_unet_draws(trained, tiny_decoder, generator) -> None:
 
 
 def test_both_halves_draw_together(trained, generator, stock, tmp_path) -> None:
-    prior = trained("prior", method="lora", lora_rank=2, lora_alpha=4.0)
-    decoder = trained("decoder", method="lora", use_dora=True)
+    prior, decoder = (trained(half, **JOBS[half]) for half in JOBS)
     stock.prior_prior.load_lora_adapter(prior.output_dir, weight_name=LORA_FILE, prefix="prior", adapter_name="p")
     stock.unet.load_lora_adapter(decoder.output_dir, weight_name=LORA_FILE, prefix="unet", adapter_name="u")
     expected = stock_drawn(stock)
@@ -288,7 +294,7 @@ def test_without_a_decoder_the_prior_is_delivered_without_pictures(trained, tmp_
 
 
 def test_previews_have_the_trained_size(trained) -> None:
-    settings = trained("prior", method="lora", resolution=40)
+    settings = trained("prior", **JOBS["prior"])
     with Image.open(settings.output_dir / "samples" / "00_adapted.png") as picture:
         assert picture.size == (40, 40)
 
@@ -298,7 +304,7 @@ OLD_NAMES = {"to_out.0": "to_out"}
 
 @pytest.mark.parametrize(("half", "prefixed"), [("prior", False), ("decoder", True)])
 def test_old_attention_processors_files_load_whole(half, prefixed, trained, generator, tmp_path) -> None:
-    settings = trained(half, method="lora", lora_targets="attention")
+    settings = trained(half, **JOBS["prior"])
     tensors, _ = artifact.load_tensors(settings.output_dir / LORA_FILE)
     old = {}
     for key, value in tensors.items():
@@ -316,6 +322,7 @@ def test_old_attention_processors_files_load_whole(half, prefixed, trained, gene
         generator.use(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.slow
 def test_a_prior_learns_new_words(trained, generator) -> None:
     settings = trained("prior", method="pivotal", class_word="dog")
     generator.use(archive_of(settings))

@@ -35,7 +35,7 @@ from trainer.config import JobSettings
 settings = JobSettings.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = PreparedDataset.load(Path(sys.argv[2]))
 job.prepared = lambda *_: dataset
-job.finish = lambda folder, *_: shutil.copytree(folder, settings.output_dir / "weights")
+job.finish = lambda fitted, *_: shutil.copytree(fitted.weights, settings.output_dir / "delivered")
 job.train(settings, lambda *_: time.sleep(float(sys.argv[3])))
 """
 

@@ -37,12 +37,14 @@ def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, r
     small = {"mixed_precision": "no", "num_train_epochs": "null"} | {
         **{"input_images": pictures, "base_model": base, "output_dir": out, "captioner": "none", "report_to": "none"},
         **{"resolution": 32, "max_train_steps": 2, "train_batch_size": 2, "preview_prompts": "TOK", "preview_seeds": 1},
+        "holdout": 0,
     }
     if "kandinsky" in recipe.stem:
         small["companion_model"] = request.getfixturevalue("tiny_prior" if "decoder" in recipe.stem else "tiny_decoder")
     train.main([str(recipe), *(str(word) for name, value in small.items() for word in (f"--{name}", value))])
     assert f"weights: {out / 'trained_model.tar'}" in capsys.readouterr().out
-    assert (out / "report.html").is_file() and len(list((out / "samples").glob("*.png"))) == 2
+    assert (out / "report.html").is_file()
+    assert {"00_base.png", "00_adapted.png"} <= {path.name for path in (out / "samples").glob("*.png")}
 
     argv = ["--prompt", "TOK", "--seed", "1", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "drawn")]
     predict.main(["--weights", str(out / "trained_model.tar"), *argv])

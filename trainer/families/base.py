@@ -205,9 +205,17 @@ class Family(Drawable):
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
 
-    def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
-        """The weighted, masked denoising loss: mean over the batch, a scalar."""
+    def probe(self, batch: Batch, conditioning: Conditioning) -> Tensor:
+        """The prediction at the batch's own times: [B, ...]."""
         t = self.objective.times(batch.uniform)
-        predicted = self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
-        error = (predicted - self.objective.target(batch.data, batch.noise, t)).square()
-        return (masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)).mean()
+        return self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
+
+    def sample_losses(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
+        """The weighted, masked denoising loss of each sample: [B]."""
+        t = self.objective.times(batch.uniform)
+        error = (self.probe(batch, conditioning) - self.objective.target(batch.data, batch.noise, t)).square()
+        return masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)
+
+    def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
+        """What is minimised: the mean of `sample_losses`, a scalar."""
+        return self.sample_losses(batch, conditioning, snr_gamma).mean()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +36,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs_text_grad: bool = False  # whether the text conditioning changes while training
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
+    has_strength: ClassVar[bool] = True  # whether `set_strength` takes other values than 1
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
 
     def __init__(self, settings: JobSettings):
@@ -62,11 +62,9 @@ class Method(ABC):
         """Captions as the text encoders should read them."""
         return captions
 
-    @contextmanager
-    def disabled(self, family: Family) -> Iterator[None]:
-        """Inside, the family predicts as the base model does; raises NotImplementedError where it cannot."""
-        raise NotImplementedError(f"method {self.name} cannot be switched off in place")
-        yield
+    @abstractmethod
+    def disabled(self, family: Family) -> AbstractContextManager[None]:
+        """Inside, the family predicts as the base model does from the base model's text."""
 
     def nets(self) -> dict[str, dict[str, Any]]:
         """peft's configuration of every net that carries an adapter, for the manifest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +24,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     trains_base_weights: ClassVar[bool] = True
+    has_strength: ClassVar[bool] = False
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
@@ -49,6 +52,20 @@ class Full(Method):
         settings = self.settings
         factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
         return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """The base weights are copied in and the trained ones back: for now and then, not for every step."""
+        trained = {name: [p.data for p in family.module(name).parameters()] for name in self._originals}
+        try:
+            for name, original in self._originals.items():
+                for key, parameter in family.module(name).named_parameters():
+                    parameter.data = original[key].to(parameter.device)
+            yield
+        finally:
+            for name, values in trained.items():
+                for parameter, value in zip(family.module(name).parameters(), values, strict=True):
+                    parameter.data = value
 
     def save(self, folder: Path, manifest: Manifest) -> None:
         tensors = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +46,11 @@ class TextualInversion(Method):
     def penalty(self) -> Tensor | float:
         weight = self.settings.token_std_penalty
         return weight * self._tokens.spread_penalty() if weight else 0.0
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """No weight differs from the base model's."""
+        yield
 
     def words(self, captions: list[str]) -> list[str]:
         return self._tokens.words(captions)
