@@ -82,7 +82,7 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
     from trainer import job
 
     try:
-        archive = job.train(settings, progress=_tell, on_step=_tell_step).archive
+        result = job.train(settings, progress=_tell, on_step=_tell_step)
     except BaseException:  # a cancel is no Exception
         if left := hosted.resumable(settings.output_dir):
             print(f"not finished: {left}", flush=True)
@@ -91,9 +91,12 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
         raise
     finally:
         hosted.give_memory_back()
-    if not archive.is_file():
-        raise FileNotFoundError(f"the training ended without {archive}")
-    return Path(archive)
+    if not result.archive.is_file():
+        raise FileNotFoundError(f"the training ended without {result.archive}")
+    print("\n".join(result.summary.sentences()), flush=True)
+    for name, value in result.summary.scores().items():
+        current_scope().record_metric(name, value)
+    return Path(result.archive)
 
 
 def _tell(stage: str, done: int, total: int) -> None:
@@ -127,6 +130,7 @@ def main(argv: list[str]) -> None:
         return
     result = job.train(settings)
     if result is not None:  # of several processes the first one tells
+        print("\n".join(result.summary.sentences()))
         print(f"weights: {result.archive}\nreport: {result.report}")
 
 

@@ -94,9 +94,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         picked, last = judged[result["delivered_step"]], judged[result["last_step"]]
         told = "overfitted" if result["overfitted"] else "sound"
         lines.append(
-            f"| {sprite} | {name} | {result['delivered_step']} of {result['last_step']} | {total(picked):.3f} "
-            f"(subject {picked['subject']:.2f}) | {total(last):.3f} | {total(judged[best]):.3f} (step {best}) | {told} | "
-            f"{100 * result['judging_share']:.0f} % |"
+            f"| {sprite} | {name} | {result['delivered_step']} of {result['last_step']} "
+            f"| {total(picked):.3f} (subject {picked['subject']:.2f}) | {total(last):.3f} "
+            f"| {total(judged[best]):.3f} (step {best}) | {told} | {100 * result['judging_share']:.0f} % |"
         )
     return "\n".join(lines)
 

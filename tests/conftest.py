@@ -47,7 +47,8 @@ class FakeJob:
         archive = settings.output_dir / "trained_model.tar"
         if self.leaves_archive:
             archive.write_bytes(b"weights")
-        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html")
+        summary = types.SimpleNamespace(sentences=lambda: ["It is as good as it gets."], scores=lambda: {"drift": 0.5})
+        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html", summary=summary)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ class EvaluationSettings(PrepareSettings):
     holdout: int | None = Field(
         None,
         ge=0,
-        description="Pictures kept from training to judge it by; null: 15 %, or of fewer than 8 none but "
+        description="Pictures kept from training to judge it by; null: a tenth, or of fewer than 8 none but "
         "cross-validation; 0: train on everything, to the last step.",
     )
     validation_folds: int = Field(

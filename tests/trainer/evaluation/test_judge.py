@@ -165,7 +165,7 @@ def test_delivered_weights_answer_as_they_did_when_they_were_judged(settings, tr
 def test_a_run_that_learns_nothing_fails_and_keeps_what_there_is(method, settings, train_on, dataset):
     still = {"learning_rate": 0.0, "text_embedding_lr": 0.0, "weight_decay": 0.0, "max_train_steps": 2}
     chosen = settings(method=method, **still)
-    with pytest.raises(UserError, match="no measurable effect.*learning_rate"):
+    with pytest.raises(UserError, match=r"no measurable effect.*learning_rate"):
         train_on(chosen, dataset)
     assert (chosen.output_dir / "weights" / "last" / "manifest.json").is_file()
 
