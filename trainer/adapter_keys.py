@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from preprocessing.errors import UserError
 from trainer import artifact
-from trainer.families.base import Family
+from trainer.families.base import DENOISER, Drawable
 
 DOWN, UP, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
 MIDDLE = "lora_mid.weight"  # LyCORIS' third factor of a convolution
@@ -57,6 +57,8 @@ ORIGINAL_NAMES = {
 }
 DOTTED_PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
 PEFTS_OWN = re.compile(r"\.lora_[AB]\.")
+# LoRA as parts of the attention processors, as diffusers once kept it; its converter leaves added keys out
+OLD_PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(down|up)\.weight")
 OLD_TEXT = re.compile(r"\.(to_[qkv]|to_out)_lora\.|\.lora_linear_layer\.")
 
 
@@ -72,7 +74,7 @@ Found = dict[tuple[str, str], dict[str, Tensor]]  # (net, module) -> part -> ten
 
 
 def read_adapter(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], peft_config: Mapping[str, Any], family: Family
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], peft_config: Mapping[str, Any], family: Drawable
 ) -> Adapter:
     """`tensors` in whichever keys, for the nets of `family`. UserError names the keys that have no place there.
 
@@ -118,7 +120,7 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _nearest(key: str, kohya: bool, family: Family) -> str:
+def _nearest(key: str, kohya: bool, family: Drawable) -> str:
     """The name that the model has and that is most like a key's, as the middle of a sentence; nothing where none is."""
     stem, rest = key, ""
     if kohya:
@@ -141,7 +143,7 @@ def _without_middle(down: Tensor, middle: Tensor) -> Tensor:
     return torch.einsum("rskl,si->rikl", middle.float(), down.flatten(1).float())
 
 
-def _modules(family: Family) -> dict[str, dict[str, str]]:
+def _modules(family: Drawable) -> dict[str, dict[str, str]]:
     """net -> any spelling of a module (dots as they are, and as "_"; text encoders with "text_model" too) -> name."""
     spellings: dict[str, dict[str, str]] = {}
     for net in family.nets:
@@ -165,7 +167,7 @@ def layers(net: nn.Module) -> dict[str, nn.Module]:
 Placed = tuple[str, str | None, str, str, Tensor]  # net, module (None: there is none), part, key, tensor
 
 
-def _kohya(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
+def _kohya(tensors: Mapping[str, Tensor], family: Drawable) -> Iterator[Placed]:
     spellings = _modules(family)
     for key, (name, tensor) in _in_diffusers_blocks(tensors, family).items():
         stem, _, ending = name.partition(".")
@@ -182,7 +184,7 @@ def _kohya(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
         yield net, spellings.get(net, {}).get(flat) if part else None, part or "", key, tensor
 
 
-def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[str, tuple[str, Tensor]]:
+def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Drawable) -> dict[str, tuple[str, Tensor]]:
     """key -> its name with diffusers' numbers of blocks, and the tensor."""
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
@@ -197,26 +199,31 @@ def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Family) -> dict[
     return {key: (name, tensors[key]) for key, name in renamed.items()}
 
 
-def _dotted(tensors: Mapping[str, Tensor], family: Family) -> Iterator[Placed]:
+def _dotted(tensors: Mapping[str, Tensor], family: Drawable) -> Iterator[Placed]:
     spellings = _modules(family)
+    denoisers = [net.name for net in family.nets if net.part == DENOISER]
     for key, tensor in tensors.items():
-        net, rest = _net_of(key, spellings)
-        match = DOTTED_PART.fullmatch(_peft_spelling(net, rest))
-        module = spellings[net].get(match[1]) if match else None
-        yield net, module, match[2] if match else "", key, tensor
-
-
-def _net_of(key: str, spellings: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
-    """A key's net and the rest of it; a key that names none (cog-sdxl's and peft's) is the UNet's."""
-    rest = key.removeprefix("base_model.model.")
-    net, _, inner = rest.partition(".")
-    return (net, inner) if net in spellings else ("unet", rest)
+        rest = key.removeprefix("base_model.model.")
+        net, _, inner = rest.partition(".")
+        # a key that names no net (cog-sdxl's, peft's, old attention processors') is the denoiser's that has the module
+        nets, inner = ([net], inner) if net in spellings else (denoisers, rest)
+        matches = {name: DOTTED_PART.fullmatch(_peft_spelling(name, inner)) for name in nets}
+        found = [(name, match) for name, match in matches.items() if match and match[1] in spellings[name]]
+        if found:
+            (name, match), *_ = found
+            yield name, spellings[name][match[1]], match[2], key, tensor
+        else:
+            yield nets[0], None, "", key, tensor
 
 
 def _peft_spelling(net: str, rest: str) -> str:
     """diffusers' older ways to name the two matrices -> peft's."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
+    if match := OLD_PROCESSOR.fullmatch(rest):
+        attention, projection, matrix = match.groups()
+        projection = "to_out.0" if projection == "to_out" else projection
+        return f"{attention}.{projection}.{'lora_A' if matrix == 'down' else 'lora_B'}.weight"
     convert = convert_unet_state_dict_to_peft
     if net != "unet" and OLD_TEXT.search(rest):
         # the function tells the older of the two text spellings by a key that not every module has

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks
 EVALUATION = "evaluation.json"
 CARD = "README.md"
 MEMBERS = (
@@ -218,6 +219,17 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path.name} is missing from the weights; train again or copy them again.") from error
     except SafetensorError as error:
         raise UserError(f"{path.name} is not a whole .safetensors file ({error}); copy it again.") from error
+
+
+def nets_of(folder: Path) -> set[str]:
+    """Names of the nets that an unpacked archive has weights of, "tokens" for its token embeddings."""
+    from safetensors import safe_open
+
+    nets = {"tokens"} if (folder / EMBEDDINGS).is_file() else set()
+    if (folder / ADAPTER).is_file():
+        with safe_open(folder / ADAPTER, framework="pt", device="cpu") as file:
+            nets |= {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+    return nets
 
 
 def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:

@@ -6,7 +6,7 @@ Everything is stored by sample, never by step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,7 @@ class Cache:
     mirrored: list[Sample]
     text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
     repeats: tuple[int, ...] | None = None  # how often each picture counts; None: all once
+    null: Conditioning = field(default_factory=dict)  # what a dropped sample's own conditioning is replaced by
 
     def buckets(self) -> list[tuple[int, ...]]:
         """The latent shape of each picture."""
@@ -73,7 +74,9 @@ def build(family: Family, dataset: PreparedDataset, text: Sequence[str], progres
     samples = encode_dataset(family, dataset, False, progress)
     mirrored = encode_dataset(family, dataset, True, progress) if dataset.horizontal_flip else []
     repeats = tuple(item.repeats for item in dataset.items)
-    return Cache(samples, mirrored, encode_captions(family, text), repeats)
+    with torch.no_grad():
+        null = family.null_picture()
+    return Cache(samples, mirrored, encode_captions(family, text), repeats, null)
 
 
 def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:

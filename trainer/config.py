@@ -48,6 +48,9 @@ class OptimisationSettings(PrepareSettings):
     text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
     pivot_fraction: float = Field(0.7, ge=0, le=1, description="Share of the run after which the tokens are frozen.")
     max_train_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, description="In place of max_train_steps: how often each picture is trained on."
+    )
     train_batch_size: int | None = Field(None, ge=1, description="Pictures a step and process.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that are summed into one optimiser step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
@@ -59,7 +62,9 @@ class ObjectiveSettings(PrepareSettings):
 
     snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weighting; null switches it off.")
     noise_offset: float = Field(0.0, ge=0, description="Noise added per channel, for darker and brighter pictures.")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of captions replaced by the empty one.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples without condition: no caption, or a black picture."
+    )
     preservation_weight: float | None = Field(
         None, ge=0, description="Pull towards the base model's own predictions on prompts without the trigger."
     )
@@ -97,6 +102,9 @@ class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
     base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    companion_model: str | None = Field(
+        None, description="The other half of a base model that is one of two (Kandinsky 2.2); None: the published one."
+    )
     init_adapter: str | None = Field(
         None,
         description="Weights that training starts from: an archive, folder, LoRA file, URL or Hub id, ours or not. "
@@ -108,6 +116,12 @@ class RunSettings(PrepareSettings):
         "auto", description="auto: bf16 where the device is fast at it. Trained weights are fp32 always."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
+    enable_xformers: bool = Field(False, description="Attention of the denoiser by xFormers, where it is installed.")
+    save_diffusers: bool | None = Field(
+        None,
+        description="Also leave the weights in diffusers' layout in output_dir and in every checkpoint: "
+        "pytorch_lora_weights.safetensors, or with method full the nets and the whole pipeline.",
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
     checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
     resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")
@@ -132,6 +146,8 @@ class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, Evalu
             raise ValueError(f"train_text_encoder goes with method lora or full, not {self.method}")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
+        if self.num_train_epochs is not None and self.max_train_steps is not None:
+            raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
         return self

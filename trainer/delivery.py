@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families, hub, model_card, ui_files
+from trainer import artifact, families, hub, methods, model_card, ui_files
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.evaluation.summary import Summary
-from trainer.families.base import Family
+from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.generate import settings_of
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.model_card import Place
@@ -31,10 +33,10 @@ class Run:
     started_from: dict[str, str] = field(default_factory=dict)
 
 
-def save_weights(folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: Run) -> None:
-    """Write manifest and weights: what `predict` needs."""
+def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: Run) -> Manifest:
+    """What the weights say of themselves."""
     settings = run.settings
-    manifest = Manifest(
+    return Manifest(
         base_model=settings.base_model,
         base_hash=families.fingerprint(settings.base_model),
         base_license=hub.license_of(families.resolve(settings.base_model)),
@@ -51,6 +53,11 @@ def save_weights(folder: Path, family: Family, method: Method, dataset: Prepared
         nets=method.nets(),
         started_from=run.started_from,
     )
+
+
+def save_weights(folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: Run) -> None:
+    """Write manifest and weights: what `predict` needs."""
+    manifest = manifest_of(family, method, dataset, run)
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)
 
@@ -70,6 +77,23 @@ def add_papers(folder: Path, dataset: PreparedDataset, settings: JobSettings) ->
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     dataset.write_captions(folder / CAPTIONS)
     shutil.copyfile(settings.output_dir / METRICS_FILE, folder / METRICS_FILE)
+
+
+def save_diffusers(folder: Path, target: Path) -> None:
+    """Put the weights of `folder` into `target` as diffusers loads them: an adapter and its token embeddings, or the
+    whole stock pipeline with the trained nets.
+    """
+    settings = settings_of(artifact.read_manifest(folder))
+    if not methods.METHODS[settings.method].trains_base_weights:
+        for file, name in ((artifact.ADAPTER, artifact.LORA_FILE), (artifact.EMBEDDINGS, artifact.EMBEDDINGS)):
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, target / name)
+        return
+    family = families.load(
+        settings.base_model, frozenset({DENOISER, TEXT, VAE}), torch.float32, settings.companion_model
+    )
+    methods.create(settings).load(folder, family)
+    family.save_pipeline(target)
 
 
 def add_report(
@@ -98,6 +122,7 @@ def add_report(
         metrics=read_metrics(folder / METRICS_FILE),
         previews=gallery.previews,
         stage_seconds=seconds,
+        remarks=gallery.remarks,
         verdict=Verdict(summary, gallery.strengths, gallery.grid, gallery.nearest),
     )
     write_report(report, data)
@@ -107,6 +132,11 @@ def add_report(
 
 def add_card(folder: Path, settings: JobSettings, previews: list[Preview]) -> None:
     """Put the model card beside the weights, and into output_dir; before it the samples must lie there."""
+    manifest, output = artifact.read_manifest(folder), settings.output_dir
     files = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    model_card.write(folder / artifact.CARD, artifact.read_manifest(folder), previews, Place(None, files))
-    shutil.copyfile(folder / artifact.CARD, settings.output_dir / artifact.CARD)
+    model_card.write(folder / artifact.CARD, manifest, previews, Place(None, files))
+    if settings.save_diffusers:  # what is loaded from output_dir itself
+        files |= {path.name for path in output.iterdir() if path.is_file()}
+        model_card.write(output / artifact.CARD, manifest, previews, Place(None, files, output))
+    else:
+        shutil.copyfile(folder / artifact.CARD, output / artifact.CARD)

@@ -23,8 +23,8 @@ def generator(*key: int | str) -> torch.Generator:
 class Draw:
     """One sample's random numbers."""
 
-    posterior: Tensor  # [C, h, w], picks the latents within their posterior
-    noise: Tensor  # [C, h, w]
+    posterior: Tensor  # as the sample, [C, h, w] or [D]: picks the latents within their posterior
+    noise: Tensor  # as the sample
     uniform: float  # [0, 1)
     drop_caption: float  # [0, 1)
     flip: float  # [0, 1)
@@ -44,7 +44,7 @@ def draw(seed: int, step: int | str, position: tuple[int, int], shape: torch.Siz
     posterior = torch.randn(shape, generator=source)
     coins = torch.rand(3, generator=source, dtype=torch.float64).tolist()
     if noise_offset:
-        noise = noise + noise_offset * torch.randn(shape[0], 1, 1, generator=source)
+        noise = noise + noise_offset * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=source)
     shared = generator(seed, step, "time")
     offset = torch.rand((), generator=shared, dtype=torch.float64).item()
     order = torch.randperm(count, generator=shared)

@@ -107,7 +107,8 @@ def _opened(settings: ExportSettings) -> Iterator[tuple[Path, str, Family]]:
         base_model = settings.base_model or foreign.base_of(unpacked)
         if base_model is None:
             raise UserError("the weights do not tell what they were trained on: give base_model.")
-        family = _loaded(base_model, frozenset({DENOISER, TEXT, VAE} if settings.merge else {DENOISER, TEXT}))
+        parts = frozenset({DENOISER, TEXT, VAE} if settings.merge else {DENOISER, TEXT})
+        family = _loaded(base_model, parts, foreign.companion_of(unpacked))
         with foreign.opened(unpacked, family, base_model) as folder:
             manifest = artifact.read_manifest(folder)
             if manifest.family != family.name:
@@ -115,12 +116,12 @@ def _opened(settings: ExportSettings) -> Iterator[tuple[Path, str, Family]]:
             yield folder, base_model, family
 
 
-def _loaded(base_model: str, parts: frozenset[str]) -> Family:
+def _loaded(base_model: str, parts: frozenset[str], companion: str | None = None) -> Family:
     import torch
 
     from trainer import families
 
-    return families.family_class(base_model).load(base_model, parts, torch.float32)
+    return families.load(base_model, parts, torch.float32, companion)
 
 
 def _cut(settings: ExportSettings) -> Cut:

@@ -49,7 +49,7 @@ class Loaded:
     family: Family
     method: Method
     stages: Stages
-    settings: JobSettings  # as asked for, with what init_adapter decides
+    settings: JobSettings  # with every open choice made, also by what init_adapter decides
     started_from: dict[str, str]  # init_adapter and the hash of its weights, or nothing
 
 
@@ -131,6 +131,7 @@ def cross_validated(parts: Loaded, plan: Plan, cached: Cache, folds: Sequence[tu
                 batches=plan.batches.without(fold),
                 checkpoints=Checkpoints(folder / CHECKPOINTS, plan.checkpoints.identity, 1),
                 judge=judge,
+                beside=None,
                 on_step=parts.stages.on_fold_of(settings.max_train_steps, (number, len(folds))),
                 name=f"cross-validation {number} of {len(folds)}",
             )
@@ -208,12 +209,15 @@ def planned(
         family.free(VAE)
         groups = method.attach(family)
     findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
+    findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
     if accelerator.is_main_process:
         write_preflight(whole, findings)
     if not method.needs_text_grad:
         family.free(TEXT)
     if settings.gradient_checkpointing:
         family.enable_gradient_checkpointing()
+    if settings.enable_xformers:
+        family.enable_xformers()
     identity = fingerprint(settings, dataset.dataset_hash) | {
         "base_hash": families.fingerprint(settings.base_model),
         "processes": accelerator.num_processes,
@@ -227,8 +231,20 @@ def planned(
         settings=settings,
         checkpoints=Checkpoints(settings.output_dir / CHECKPOINTS, identity, settings.checkpoints_total_limit),
         on_step=parts.stages.on_step_of(settings.max_train_steps),
+        beside=_writer(parts, settings) if settings.save_diffusers else None,
     )
     return plan, cached, findings
+
+
+def _writer(parts: Loaded, settings: JobSettings) -> Callable[[Path], None]:
+    """What puts the weights in diffusers' layout into each checkpoint, whose name tells the step."""
+
+    def write(folder: Path) -> None:
+        run_at = delivery.Run(settings, int(folder.name.rpartition("_")[2]), parts.started_from)
+        manifest = delivery.manifest_of(parts.family, parts.method, parts.dataset, run_at)
+        parts.method.save_diffusers(folder, manifest)
+
+    return write
 
 
 def summarised(fitted: Fitted, dataset: PreparedDataset, gallery: Gallery, seconds: dict[str, float]) -> Summary:

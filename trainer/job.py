@@ -8,6 +8,7 @@ README.md            the model card
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -73,8 +74,8 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
-        settings = parts.settings
-        dataset, fitted = parts.dataset, fit(parts, settings)
+        settings, dataset = parts.settings, parts.dataset
+        fitted = fit(parts, settings)
     del parts  # the model leaves memory before it is loaded anew to draw
     return None if fitted is None else finish(fitted, dataset, stages, settings)
 
@@ -112,12 +113,12 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
+        settings = counted(settings, dataset, accelerator.num_processes)
         with stages.stage("load"):
             whole = methods.METHODS[settings.method].trains_base_weights
             dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
-            family = families.family_class(settings.base_model).load(
-                settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
-            )
+            parts = frozenset({DENOISER, TEXT, VAE})
+            family = families.load(settings.base_model, parts, dtype, settings.companion_model)
             family.to(accelerator.device)
         with start.opened(settings, family) as begun:
             settings = settings if begun is None else start.agreed(settings, begun, family)
@@ -143,11 +144,27 @@ def fill(settings: JobSettings) -> JobSettings:
     if settings.init_adapter is not None:
         start.check(settings.init_adapter)
         suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
-    suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
+    family = families.family_class(source)
+    family.check(settings)
+    suits = {
+        "resolution": family.geometry(source).resolution,
+        "companion_model": family.usual_companion(source),
+    } | suits
+    if settings.num_train_epochs is not None:
+        suits.pop("max_train_steps", None)
     settings = settings.filled(suits)
     if settings.captioner == "auto":
         settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
     return settings
+
+
+def counted(settings: JobSettings, dataset: PreparedDataset, processes: int) -> JobSettings:
+    """Settings with the steps that num_train_epochs come to."""
+    if settings.num_train_epochs is None:
+        return settings
+    pictures = settings.num_train_epochs * sum(item.repeats for item in dataset.items)
+    step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    return settings.model_copy(update={"num_train_epochs": None, "max_train_steps": math.ceil(pictures / step)})
 
 
 def make_accelerator(settings: JobSettings) -> Accelerator:
@@ -204,6 +221,9 @@ def finish(fitted: Fitted, dataset: PreparedDataset, stages: Stages, settings: J
         shutil.copytree(fitted.weights, folder)
         delivery.add_papers(folder, dataset, settings)
         artifact.write(folder, archive)
+        if settings.save_diffusers:
+            with stages.stage("diffusers"):
+                delivery.save_diffusers(folder, settings.output_dir)
         with stages.stage("preview"):
             gallery = draw_gallery(archive, dataset, settings, stages.progress)
         summary = summarised(fitted, dataset, gallery, stages.seconds)

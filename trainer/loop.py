@@ -59,6 +59,7 @@ class Plan:
     checkpoints: Checkpoints
     judge: Judge | None = None
     on_step: Callable[[dict[str, float]], None] = lambda row: None
+    beside: Callable[[Path], None] | None = None  # writes more into a checkpoint, of the weights to be delivered
     name: str = ""  # of a run that is not the job's own: trackers hear nothing of it
 
 
@@ -204,7 +205,8 @@ class Loop:
         }
         path = self.plan.checkpoints.folder
         if self.accelerator.is_main_process:
-            path = self.plan.checkpoints.save(self.step, state)
+            with self._averaged() if self.plan.beside else nullcontext():
+                path = self.plan.checkpoints.save(self.step, state, self.plan.beside)
         self.accelerator.wait_for_everyone()
         return path
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from preprocessing.errors import UserError
 from trainer import artifact, families, methods
 from trainer.devices import DTYPES
@@ -33,16 +30,14 @@ def save_merged(folder: Path, family: Family, base: tuple[str, str], out: Path, 
             "the LoRA and embedding files."
         )
     word = method.merge(family)
-    pipe = family.pipeline()
     dtype = DTYPES[{"fp32": "no"}.get(precision, precision)]
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != "vae" and dtype != torch.float32:
-            part.to(dtype)
+    for net in family.nets:
+        family.module(net.name).to(dtype)
     out.mkdir(parents=True, exist_ok=True)
     if single_file:
         family.save_single_file(out / SINGLE_FILE)
     model = out / "model" if single_file else out
-    pipe.save_pretrained(model)
+    family.save_pipeline(model)
     own = Path(families.resolve(base_model)) / families.RECOMMENDED
     if own.is_file():  # what our programs draw and train with
         shutil.copyfile(own, model / own.name)

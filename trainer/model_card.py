@@ -40,15 +40,18 @@ KINDS = {"textual_inversion": "textual-inversion", "full": "full-finetune", "piv
 
 @dataclass(frozen=True)
 class Place:
-    """Where the reader of a card has the files: a repository on the Hub, or the unpacked archive."""
+    """Where the reader of a card has the files: a repository on the Hub, the job's output_dir, or else the unpacked
+    archive.
+    """
 
     repository: str | None
     files: frozenset[str]
+    output_dir: Path | None = None
 
     @property
     def name(self) -> str:
-        """The repository, or the folder that the card says to unpack into."""
-        return self.repository or "trained_model"
+        """The repository, or the folder: of the archive the one that the card says to unpack into."""
+        return self.repository or str(self.output_dir or "trained_model")
 
     def path(self, file: str) -> str:
         """A Python expression for the path of one file."""
@@ -69,7 +72,7 @@ def write(path: Path, manifest: Manifest, previews: list[Preview], place: Place)
 
 def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     """The whole card."""
-    header = yaml.safe_dump(_header(manifest, previews), sort_keys=False, allow_unicode=True)
+    header = yaml.safe_dump(_header(manifest, previews, place), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{header}---",
         f"# {manifest.trigger_word}",
@@ -85,12 +88,12 @@ def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _header(manifest: Manifest, previews: list[Preview]) -> dict:
+def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
     tags = ["text-to-image", "diffusers", kind, *(["template:sd-lora"] if manifest.nets else []), *family.card_tags]
-    return header | {
+    header |= {
         "license": manifest.base_license or "unknown",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -98,6 +101,7 @@ def _header(manifest: Manifest, previews: list[Preview]) -> dict:
         "instance_prompt": manifest.trigger_word,
         "widget": [{"text": one.prompt, "output": {"url": f"samples/{one.adapted.name}"}} for one in previews],
     }
+    return header | family.card_header(manifest, place)
 
 
 def _what(manifest: Manifest) -> str:
@@ -139,18 +143,20 @@ def _pictures(previews: list[Preview]) -> str:
 
 
 def _diffusers(manifest: Manifest, place: Place) -> str:
-    if manifest.method == "full":
+    if manifest.method == "full" and families.INDEX not in place.files:
         return (
             "The weights are whole nets; this makes a folder that `DiffusionPipeline.from_pretrained` loads:\n\n"
             "```\npython -m trainer.export --weights trained_model.tar --out merged --merge true\n```"
         )
-    code = families.family_class(manifest.base_model).how_to(manifest, base_name(manifest), place)
+    here = place.output_dir is not None and manifest.base_model not in families.TOYBOX_MODELS
+    base_model = manifest.base_model if here else base_name(manifest)
+    code = families.family_class(manifest.base_model).how_to(manifest, base_model, place)
     unpacked = (
         ""
-        if place.repository
+        if place.repository or place.output_dir
         else f"After `mkdir {place.name}; tar -xf trained_model.tar -C {place.name}`, and so for what follows:\n\n"
     )
-    return f"{unpacked}```python\n{code}\n```"
+    return f"{unpacked}```python\n{code.rstrip()}\n```"
 
 
 def _comfyui(manifest: Manifest, place: Place) -> str:

@@ -23,8 +23,13 @@ STEPS, WARM_UP = 6, 3  # of these the first are not counted: allocations, kernel
 MIB = 2**20
 
 
-def reader_of(family: Family, method: Method, trigger: str) -> Reader:
-    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens."""
+def reader_of(family: Family, method: Method, trigger: str) -> Reader | None:
+    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens.
+
+    None for a family that reads none.
+    """
+    if not family.text:
+        return None
 
     def read(caption: str) -> Read:
         words, wanted = method.words([caption, trigger])
@@ -58,6 +63,7 @@ def of_largest_size(dataset: PreparedDataset, settings: JobSettings) -> Prepared
 def few_steps(settings: JobSettings, scratch: Path) -> JobSettings:
     """The settings of the measured steps, which leave nothing in output_dir."""
     changes: dict[str, Any] = {"max_train_steps": STEPS, "output_dir": scratch, "resume": False}
+    changes["save_diffusers"] = False
     return settings.model_copy(update=changes)
 
 

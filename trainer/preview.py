@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,12 +59,14 @@ class Gallery:
     nearest: list[tuple[Path, int, float]]  # sample, index of the nearest picture in the data set, distance
     seen: Seen
     extra_share: float  # of the pictures, those beyond the previews
+    remarks: tuple[str, ...] = ()  # on what could not be drawn
 
 
 def draw_gallery(
     archive: Path, dataset: PreparedDataset, settings: JobSettings, progress: Callable[[str, int, int], None]
 ) -> Gallery:
-    """Draw previews, grid and more from the archive into output_dir/samples, and look at them.
+    """Draw previews, grid and more from the archive into output_dir/samples, and look at them; nothing, where the other
+    half of the base model is missing.
 
     Raises UserError where the weights draw nothing.
     """
@@ -75,7 +78,12 @@ def draw_gallery(
     steps = own.get("num_inference_steps", PIPELINE_DEFAULTS["num_inference_steps"])
     exhibit = Exhibit.of(prompts_of(settings), settings, steps, methods.create(settings).has_strength)
     wishes = list(dict.fromkeys(exhibit.wishes()))
-    pictures = drawn(settings.base_model, archive, wishes, lambda done, of: progress("preview", done, of))
+    try:
+        pictures = drawn(settings, archive, wishes, lambda done, of: progress("preview", done, of))
+    except families.NoCompanion as error:  # the weights are finished all the same
+        remark = f"No pictures were drawn: {error}"
+        print(f"warning: {remark}", file=sys.stderr)
+        return Gallery([], (), {}, [], Seen((), None, None), 0.0, (remark,))
     paths = {wish: folder / f"{i:02d}_{_kind(wish)}.png" for i, wish in enumerate(wishes)}
     previews = []
     for i, wish in enumerate(exhibit.previews):

@@ -2,6 +2,7 @@
 
     README.md                           the model card
     pytorch_lora_weights.safetensors    the adapter, and embeddings.safetensors the new tokens
+    model_index.json, unet/, ...        or of method full the whole pipeline, for diffusers' `from_pretrained`
     comfyui/, samples/                  as in the archive
     trained_model.tar                   the archive itself
 
@@ -19,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.errors import UserError
-from trainer import artifact, hub, model_card
+from trainer import artifact, delivery, hub, model_card
 from trainer.config import JobSettings
-from trainer.families.base import LORA_FILE
 from trainer.model_card import Place
 from trainer.report import Preview
 
@@ -72,10 +72,7 @@ def push(
 def _arrange(folder: Path, archive: Path, target: Path, repository: str, previews: list[Preview]) -> None:
     """Lay the repository's files out in `target`."""
     manifest = artifact.read_manifest(folder)
-    named = {artifact.EMBEDDINGS: artifact.EMBEDDINGS} | ({artifact.ADAPTER: LORA_FILE} if manifest.nets else {})
-    for ours, theirs in named.items():
-        if (folder / ours).is_file():
-            shutil.copyfile(folder / ours, target / theirs)
+    delivery.save_diffusers(folder, target)
     for part in ("comfyui", "samples"):
         if (folder / part).is_dir():
             shutil.copytree(folder / part, target / part)

@@ -56,6 +56,7 @@ class ReportData:
     metrics: list[dict[str, Any]]
     previews: list[Preview]
     stage_seconds: dict[str, float]
+    remarks: tuple[str, ...] = ()  # on what went otherwise than asked
     verdict: Verdict | None = None
 
 
@@ -72,6 +73,7 @@ def write_report(path: Path, data: ReportData) -> None:
             verdict=_verdict(data) if data.verdict else None,
             curve=loss_curve(data.metrics),
             stages=data.stage_seconds,
+            remarks=data.remarks,
             thumbnails=[(item, *_thumbnail(data.dataset, item)) for item in data.dataset.items[:MOST_THUMBNAILS]],
             settings=_settings(data.manifest),
         )

@@ -40,14 +40,15 @@ class BatchMaker:
         dropped = [d.drop_caption < settings.caption_dropout for d in draws]
         masks = [s.mask if s.mask is not None else torch.ones_like(s.mean[:1]) for s in samples]
         masked = any(sample.mask is not None for sample in samples)
-        names = samples[0].conditioning
+        null = {name: value.cpu() for name, value in self.cache.null.items()}
+        own = [s.conditioning | (null if drop else {}) for s, drop in zip(samples, dropped, strict=True)]
         return Batch(
             data=torch.stack([s.mean + s.std * d.posterior for s, d in pairs]).to(self.device),
             noise=torch.stack([d.noise for d in draws]).to(self.device),
             uniform=torch.tensor([d.uniform for d in draws], device=self.device),
             captions=["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)],
             mask=torch.stack(masks).to(self.device) if masked else None,
-            conditioning={n: torch.stack([s.conditioning[n] for s in samples]).to(self.device) for n in names},
+            conditioning={name: torch.stack([one[name] for one in own]).to(self.device) for name in own[0]},
             preserved=self._preserved(positions, draws),
         )
 

@@ -33,8 +33,11 @@ def write(
 ) -> None:
     """Write LoRA `tensors` (keys as in adapter.safetensors) and `rows` (as in embeddings.safetensors) into `folder`.
 
-    Either may be empty; the bundle is written where there are both. Raises as `Family.export_comfyui` does.
+    Either may be empty; the bundle is written where there are both. Nothing is for a family that these programs load no
+    adapters for. Raises as `Family.export_comfyui` does.
     """
+    if not family.ui_files:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     name, lora = embedding_name(manifest.trigger_word), folder / f"{LORA}.safetensors"
     if tensors:

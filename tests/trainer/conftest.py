@@ -27,6 +27,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
+from tests.trainer import kandinsky
 from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
@@ -36,7 +37,8 @@ from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 
 SIDE = 32
-FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2}})  # previews are drawn by every whole job
+# previews are drawn by every whole job
+FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2, "prior_num_inference_steps": 2}})
 
 torch.set_num_threads(1)
 
@@ -132,6 +134,25 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("models") / "xl"
     pipe.save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KandinskyV22PriorPipeline folder: vectors of 32 numbers."""
+    folder = tmp_path_factory.mktemp("models") / "prior"
+    tokenizer = tiny_tokenizer()
+    kandinsky.save_prior(folder, tokenizer, tiny_text_config(tokenizer, num_hidden_layers=2))
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> Path:
+    """A KandinskyV22Pipeline folder: 32x32 pictures, 16x16 latents, epsilon and a learned variance."""
+    folder = tmp_path_factory.mktemp("models") / "decoder"
+    kandinsky.save_decoder(folder, tiny_prior)
     (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 

@@ -136,10 +136,10 @@ def test_an_embedding_alone_in_every_spelling(trained, generator: Generator, tmp
     }.items():
         save_file(tensors, tmp_path / "theirs.safetensors")
         assert (with_weights(generator, tmp_path / "theirs.safetensors") == expected).all(), name
-        assert generator.manifest.trigger_word == "TOK"
+        assert generator.manifests[0].trigger_word == "TOK"
     save_file({"<robo>": rows[0]}, tmp_path / "one.safetensors")  # as textual_inversion.py of diffusers leaves it
     generator.use(tmp_path / "one.safetensors")
-    assert generator.manifest.trigger_word == "<robo>" and len(generator.manifest.tokens) == 1
+    assert generator.manifests[0].trigger_word == "<robo>" and len(generator.manifests[0].tokens) == 1
     prompt = "a photo of <robo>"
     assert (drawn(generator, prompt) == drawn(generator, "a photo of <s0>")).all()
 

@@ -115,7 +115,7 @@ def test_resized_weights_draw_and_low_ranks_draw_less_alike(train_variant, lab, 
     for rank in (3, 1):
         export.export(ExportSettings(weights=str(folder), out=tmp_path / str(rank), rank=rank, format="archive"))
         generator.use(tmp_path / str(rank) / "trained_model.tar")
-        assert generator.manifest.settings["lora_rank"] == rank
+        assert generator.manifests[0].settings["lora_rank"] == rank
         distances.append(np.abs(drawn(generator) - expected).mean())
     assert distances[0] <= distances[1] < np.abs(base - expected).mean()
 

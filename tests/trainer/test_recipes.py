@@ -13,6 +13,10 @@ import predict
 import train
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+BASES = {
+    **{"toybox": "tiny_sd", "sd15": "tiny_sd", "sdxl": "tiny_xl"},
+    **{"kandinsky22_prior": "tiny_prior", "kandinsky22_decoder": "tiny_decoder"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +31,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, request, capsys) -> None:
-    base = request.getfixturevalue("tiny_xl" if "sdxl" in recipe.stem else "tiny_sd")
+    (fixture,) = [name for start, name in BASES.items() if recipe.stem.startswith(start)]
+    base = request.getfixturevalue(fixture)
     out = tmp_path / "out"
-    small = {
+    small = {"mixed_precision": "no", "num_train_epochs": "null"} | {
         **{"input_images": pictures, "base_model": base, "output_dir": out, "captioner": "none", "report_to": "none"},
         **{"resolution": 32, "max_train_steps": 2, "train_batch_size": 2, "preview_prompts": "TOK", "preview_seeds": 1},
         "holdout": 0,
     }
+    if "kandinsky" in recipe.stem:
+        small["companion_model"] = request.getfixturevalue("tiny_prior" if "decoder" in recipe.stem else "tiny_decoder")
     train.main([str(recipe), *(str(word) for name, value in small.items() for word in (f"--{name}", value))])
     assert f"weights: {out / 'trained_model.tar'}" in capsys.readouterr().out
     assert (out / "report.html").is_file()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from trainer.config import JobSettings
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 
@@ -25,19 +26,25 @@ Drawn = dict[Wish, Image.Image]
 
 
 def drawn(
-    base_model: str, archive: Path, wishes: Iterable[Wish], progress: Callable[[int, int], None] = lambda done, of: None
+    job: JobSettings,
+    archive: Path,
+    wishes: Iterable[Wish],
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Drawn:
-    """All wishes from the saved archive, by the code that `predict` uses."""
+    """All wishes from the saved archive of a job at its trained size, by the code that `predict` uses."""
     by_strength: dict[float | None, list[Wish]] = {None: []}
     for wish in dict.fromkeys(wishes):
         by_strength.setdefault(wish.strength, []).append(wish)
-    generator, found, total = Generator(base_model), {}, sum(map(len, by_strength.values()))
+    generator = Generator(job.base_model, companion=job.companion_model)
+    stride = generator.geometry.stride
+    side = max(stride, job.resolution // stride * stride)
+    found, total = {}, sum(map(len, by_strength.values()))
     for strength, group in by_strength.items():  # the base model's first
-        if strength is not None and generator.archive is None:
+        if strength is not None and not generator.archives:
             generator.use(archive)
         if not group:
             continue
-        settings = DrawSettings(prompt="", lora_scale=1.0 if strength is None else strength)
+        settings = DrawSettings(prompt="", lora_scale=1.0 if strength is None else strength, width=side, height=side)
         pictures = generator.draw_prompts([wish.prompt for wish in group], [wish.seed for wish in group], settings)
         found |= dict(zip(group, pictures, strict=True))
         progress(len(found), total)

@@ -46,7 +46,7 @@ class Points:
     def of(cls, cache: Cache, settings: JobSettings, pictures: Sequence[int], wanted: tuple[int, tuple[str, ...]]):
         """About `wanted[0]` points, on the CPU's noise whatever the device, and the unrelated prompts `wanted[1]`."""
         count, unrelated = wanted
-        device = next(iter(cache.text[""].values())).device
+        device = next(iter((cache.text[""] | cache.null).values())).device
         plain = settings.model_copy(update={"caption_dropout": 0.0})
         maker = BatchMaker(replace(cache, mirrored=[]), plain, device, ())
         each = max(1, round(count / (len(pictures) * BANDS))) * BANDS

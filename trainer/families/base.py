@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from trainer.artifact import ADAPTER, Manifest
+from trainer.artifact import ADAPTER, LORA_FILE, Manifest
+from trainer.config import JobSettings
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from trainer.model_card import Place
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks in a repository
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
 
 
@@ -31,6 +31,7 @@ class Net:
     name: str
     part: str  # DENOISER or TEXT
     targets: dict[str, tuple[str, ...]]  # preset -> endings of module names
+    fixed: frozenset[str] = frozenset()  # parameters that are statistics of the data: no method trains them
 
 
 @dataclass(frozen=True)
@@ -56,57 +57,34 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class Family(ABC):
-    """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
-
-    What other programs call its weights is the family's to say, too: `export_comfyui` and `ui_embedding_keys` for the
-    files in comfyui/, `save_single_file` for a whole checkpoint, `card_tags` and `how_to` for the model card. All but
-    the first have a default.
-    """
+class Drawable(ABC):
+    """What weights are put into and pictures are drawn with: a family, or two that share a pipeline."""
 
     name: ClassVar[str]
-    recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
-    # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
-    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
-    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
-    objective: Objective
     nets: tuple[Net, ...]
     device: torch.device
+    # settings of a picture beside those that all have (names in trainer.drawing.FOR_SOME); the pipeline takes them
+    draw_options: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    @abstractmethod
-    def geometry(cls, source: str) -> Geometry:
-        """Read off the model's own configuration, before any weights."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, source: str, parts: frozenset[str], dtype: torch.dtype) -> Family:
-        """Load the parts asked for (DENOISER, TEXT, VAE), frozen, on the CPU."""
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Names of the families whose weights can be put in."""
+        return (self.name,)
 
     @abstractmethod
     def module(self, name: str) -> nn.Module:
         """The live network called `name` in the pipeline."""
 
     @abstractmethod
-    def to(self, device: torch.device) -> Family:
+    def to(self, device: torch.device) -> Drawable:
         """Move every part."""
 
     @abstractmethod
-    def free(self, part: str) -> None:
-        """Let one part leave memory; it cannot be used again."""
-
-    @abstractmethod
-    def encode(
-        self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None
-    ) -> list[Sample]:
-        """Latents and everything of the conditioning that is not text: the unit that is cached."""
-
-    @abstractmethod
     def encode_text(self, captions: list[str]) -> Conditioning:
-        """Text conditioning of B captions: tensors [B, ...]. Differentiable."""
+        """Text conditioning of B captions: tensors [B, ...]; {} for a family that reads no text. Differentiable."""
 
     def null_conditioning(self) -> Conditioning:
-        """The text conditioning that stands for no caption: tensors [1, ...]."""
+        """What stands for no caption, and for no negative prompt: tensors [1, ...]."""
         return self.encode_text([""])
 
     @property
@@ -119,16 +97,89 @@ class Family(ABC):
         """Give the text encoder of that name another tokenizer."""
 
     @abstractmethod
+    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
+        """The stock diffusers pipeline around these parts, for TEXT_TO_IMAGE, IMAGE_TO_IMAGE or INPAINT.
+
+        Called with `pipeline_inputs`, the picture's settings and one generator a picture. Raises UserError for a task
+        that there is none for.
+        """
+
+    @abstractmethod
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        """The arguments by which the pipeline takes what is already encoded. `negative` is the encoding of a negative
+        prompt, or `null_conditioning` where there is none; both have B rows.
+        """
+
+
+class Family(Drawable):
+    """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
+
+    A base model may be one half of a model (Kandinsky 2.2's prior and decoder). Then `usual_companion` names the other
+    half, `load` takes its source as a fourth argument, and `load_drawable` loads both as one Drawable.
+
+    What other programs call its weights is the family's to say, too: `ui_files`, `export_comfyui` and
+    `ui_embedding_keys` for the files in comfyui/, `save_single_file` for a whole checkpoint, `card_tags`, `card_header`
+    and `how_to` for the model card.
+    """
+
+    recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    ui_files: ClassVar[bool] = True  # whether ComfyUI and A1111 load adapters for it
+    # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
+    notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used
+    objective: Objective
+
+    @classmethod
+    @abstractmethod
+    def geometry(cls, source: str) -> Geometry:
+        """Read off the model's own configuration, before any weights."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, parts: frozenset[str], dtype: torch.dtype) -> Family:
+        """Load the parts asked for (DENOISER, TEXT, VAE), frozen, on the CPU."""
+
+    @classmethod
+    def usual_companion(cls, source: str) -> str | None:
+        """Where the other half lies unless a setting says otherwise; None for a model that is whole."""
+        return None
+
+    @classmethod
+    def load_drawable(cls, source: str, companion: str | None, dtype: torch.dtype) -> Drawable:
+        """All that drawing takes, frozen, on the CPU. Raises `families.NoCompanion` where the other half is missing."""
+        return cls.load(source, frozenset({DENOISER, TEXT, VAE}), dtype)
+
+    @classmethod
+    def drawn_geometry(cls, source: str, companion: str | None) -> Geometry:
+        """Of the pictures that `load_drawable` gives."""
+        return cls.geometry(source)
+
+    @classmethod
+    def check(cls, settings: JobSettings) -> None:
+        """Raise UserError for settings that this family has no use for."""
+        if settings.companion_model is not None:
+            raise UserError("companion_model is for a base model that is one half of two: leave it out for this one.")
+
+    @abstractmethod
+    def free(self, part: str) -> None:
+        """Let one part leave memory; it cannot be used again."""
+
+    @abstractmethod
+    def encode(
+        self, pictures: list[Picture], captions: list[str], references: list[Picture] | None = None
+    ) -> list[Sample]:
+        """Latents and everything of the conditioning that is not text: the unit that is cached."""
+
+    def null_picture(self) -> Conditioning:
+        """What takes the place of a sample's own conditioning when it is dropped, without a batch dimension; names
+        that are not in it are kept (a picture's size).
+        """
+        return {}
+
+    @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
-
-    @abstractmethod
-    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
-        """The stock diffusers pipeline around this family's parts, for TEXT_TO_IMAGE, IMAGE_TO_IMAGE or INPAINT."""
-
-    @abstractmethod
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-        """The arguments by which the pipeline takes text that is already encoded."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, in every net."""
@@ -138,6 +189,25 @@ class Family(ABC):
                 # transformers' name, then diffusers'
                 enable = getattr(module, "activation_checkpointing_enable", None)
                 (enable or module.enable_gradient_checkpointing)()
+
+    def enable_xformers(self) -> None:
+        """Attention by xFormers in the denoiser. UserError where the package is missing."""
+        for net in (net for net in self.nets if net.part == DENOISER):
+            try:
+                self.module(net.name).enable_xformers_memory_efficient_attention()
+            except (ImportError, ValueError) as error:  # not installed; no CUDA device
+                raise UserError(f"enable_xformers: {error}; install xformers on a CUDA machine or leave it.") from error
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the stock pipeline with the nets as they are now, as a folder that diffusers loads by its path. All
+        parts must be loaded.
+        """
+        self.pipeline().save_pretrained(folder)
+
+    @classmethod
+    def card_header(cls, manifest: Manifest, place: Place) -> dict[str, Any]:
+        """What the YAML at the head of a model card says beside what all cards say; diffusers reads some of it."""
+        return {}
 
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
@@ -153,15 +223,20 @@ class Family(ABC):
 
     @classmethod
     def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
-        """Python that draws with the weights in diffusers, for the model card; `base_model` as others may read it."""
+        """Python that draws with the weights in diffusers, for the model card; `base_model` as its reader has it.
+
+        Of method full it is asked for only where the place holds the whole pipeline.
+        """
+        whole = manifest.method == "full"
+        source = place.name if whole else base_model
         code = [
             "import torch",
             "from diffusers import DiffusionPipeline",
             *cls._imports_for(manifest, place),
             "",
-            f'pipe = DiffusionPipeline.from_pretrained({quoted(base_model)}, torch_dtype=torch.float16).to("cuda")',
+            f'pipe = DiffusionPipeline.from_pretrained({quoted(source)}, torch_dtype=torch.float16).to("cuda")',
         ]
-        if lora := place.first(LORA_FILE, ADAPTER):
+        if not whole and (lora := place.first(LORA_FILE, ADAPTER)):
             code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
         code += cls._tokens_for(manifest, place)
         words = "".join(manifest.tokens) or manifest.trigger_word

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,6 +27,7 @@ from trainer.families.base import (
     Net,
     TextTower,
 )
+from trainer.families.quiet import quietly
 from trainer.objectives import Ddpm
 from trainer.samples import Conditioning, Picture, Sample
 
@@ -86,7 +84,7 @@ class StableDiffusion(Family):
         for module in self._modules():
             module.requires_grad_(False).eval()
         for tower in self.text:
-            _find_end_by_id(tower)
+            find_end_by_id(tower)
 
     @classmethod
     def geometry(cls, source: str) -> Geometry:
@@ -102,7 +100,7 @@ class StableDiffusion(Family):
         path = Path(resolve(source))
         left_out = {name: None for part, names in PARTS.items() if part not in parts for name in names}
         try:
-            with _quietly():
+            with quietly():
                 if path.is_file():
                     pipe = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **left_out)
                 else:
@@ -201,7 +199,7 @@ class StableDiffusion(Family):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         return {"prompt_embeds": conditioning["context"], "negative_prompt_embeds": negative["context"]}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
@@ -277,27 +275,12 @@ class StableDiffusionXL(StableDiffusion):
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor]:
         return {"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": conditioning["time_ids"]}
 
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         pooled = {"pooled_prompt_embeds": conditioning["pooled"], "negative_pooled_prompt_embeds": negative["pooled"]}
         return super().pipeline_inputs(conditioning, negative) | pooled
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No bars for files that load in a second, and no warning that the safety checker was left out."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-
-
-def _find_end_by_id(tower: TextTower) -> None:
+def find_end_by_id(tower: TextTower) -> None:
     """Pool the text at its end token.
 
     CLIP configs of old say eos_token_id = 2 and pool at the largest id, which a new token would take from the end.

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
-from trainer.families.base import Family
+from trainer.families.base import Drawable, Family
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Method(ABC):
         """Put the trainable parameters in."""
 
     @abstractmethod
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         """Leave the family bit-identical to before `attach` or `load`."""
 
     def begin_from(self, folder: Path) -> None:
@@ -84,8 +85,15 @@ class Method(ABC):
     def save(self, folder: Path, manifest: Manifest) -> None:
         """Write the adapted weights into the folder of an archive, beside its manifest."""
 
+    def save_diffusers(self, folder: Path, manifest: Manifest) -> None:
+        """Write the adapted weights as diffusers itself loads them from a folder."""
+        self.save(folder, manifest)
+        adapter = folder / artifact.ADAPTER
+        if adapter.is_file():
+            adapter.replace(folder / artifact.LORA_FILE)
+
     @abstractmethod
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
 
     def merge(self, family: Family) -> str:
@@ -95,7 +103,7 @@ class Method(ABC):
         """
         raise UserError(f"weights trained by method {self.name} cannot be merged into a base model.")
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def set_strength(self, family: Drawable, strength: float) -> None:
         """Scale the adapter's effect; 0 is the base model's denoiser. Raises UserError where there is no scale."""
         if strength != 1:
             raise UserError(f"lora_scale cannot change weights trained by method {self.name}: leave it at 1.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Drawable, Family, Net
 from trainer.methods.adapters import adapted_nets, check_fit
 from trainer.methods.base import Method, ParameterGroup, trained_state, weights_factor
 from trainer.methods.lora import TEXT_WEIGHTS, WEIGHTS, weights_group
@@ -29,14 +29,14 @@ class Full(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = settings.train_text_encoder
-        self._family: Family | None = None
+        self._family: Drawable | None = None
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._start: Path | None = None
 
     def begin_from(self, folder: Path) -> None:
         self._start = folder
 
-    def _take(self, family: Family, name: str) -> nn.Module:
+    def _take(self, family: Drawable, name: str) -> nn.Module:
         module = family.module(name)
         self._family = family
         self._originals[name] = {key: p.detach().to("cpu", copy=True) for key, p in module.named_parameters()}
@@ -46,13 +46,12 @@ class Full(Method):
         found: dict[str, list] = {WEIGHTS: [], TEXT_WEIGHTS: []}
         names = adapted_nets(family, self.settings)
         for net in (net for net in family.nets if net.name in names):
-            module = self._take(family, net.name)
-            module.requires_grad_(True)
-            found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += module.parameters()
-        if self._start is not None:
-            tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
-            for name in names:
-                _fill(family.module(name), name, tensors)
+            trained = trained_parameters(self._take(family, net.name), net)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
+            found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += trained.values()
+            if self._start is not None:
+                _fill(family.module(net.name), net, artifact.load_tensors(self._start / artifact.ADAPTER)[0])
         return [weights_group(self.settings, name, group) for name, group in found.items() if group]
 
     def schedule(self, progress: float) -> dict[str, float]:
@@ -81,18 +80,22 @@ class Full(Method):
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def save_diffusers(self, folder: Path, manifest: Manifest) -> None:
+        for name in self._originals:
+            self._family.module(name).save_pretrained(folder / name)
+
+    def load(self, folder: Path, family: Drawable) -> None:
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         names = {key.split(".", 1)[0] for key in tensors}
-        for name in sorted(names & {net.name for net in family.nets}):
-            _fill(self._take(family, name), name, tensors)
+        for net in (net for net in family.nets if net.name in names):
+            _fill(self._take(family, net.name), net, tensors)
 
     def merge(self, family: Family) -> str:
         self._originals = {}
         return self.settings.trigger_word
 
     @torch.no_grad()
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         for name, original in self._originals.items():
             module = family.module(name).requires_grad_(False)
             for key, parameter in module.named_parameters():
@@ -101,13 +104,19 @@ class Full(Method):
         self._originals = {}
 
 
+def trained_parameters(module: nn.Module, net: Net) -> dict[str, nn.Parameter]:
+    """The parameters of a net by name, without its statistics of the data."""
+    return {name: p for name, p in module.named_parameters() if name not in net.fixed}
+
+
 @torch.no_grad()
-def _fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Give the net called `name` an archive's weights for it, if there are any; UserError where they do not fit."""
-    prefix = f"{name}."
+def _fill(module: nn.Module, net: Net, tensors: dict[str, Tensor]) -> None:
+    """Give `net`, which is `module`, an archive's weights for it, if there are any; UserError where they do not fit."""
+    prefix = f"{net.name}."
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not state:
         return
-    check_fit(name, state, dict(module.named_parameters()))
-    for key, parameter in module.named_parameters():
+    trained = trained_parameters(module, net)
+    check_fit(net.name, state, trained)
+    for key, parameter in trained.items():
         parameter.copy_(state[key])

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
 from trainer.methods.base import Method, ParameterGroup, weights_factor
 
@@ -29,7 +29,7 @@ class Lora(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = settings.train_text_encoder
-        self._family: Family | None = None
+        self._family: Drawable | None = None
         self._nets: list[str] = []
         self._matrices: list[Tensor] = []
         self._start: Path | None = None
@@ -91,12 +91,12 @@ class Lora(Method):
         tensors = adapters.lora_state(self._family, self._nets)
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         configs = adapters.saved_configs(folder, family)
         self._family, self._nets = family, list(configs)  # before anything is put in, so that it can be taken out
         adapters.load_lora(folder, family, configs)
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         for name in self._nets:
             adapters.remove(family.module(name))
         self._family, self._nets, self._matrices = None, [], []
@@ -107,7 +107,7 @@ class Lora(Method):
         self._family, self._nets, self._matrices = None, [], []
         return self.settings.trigger_word
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def set_strength(self, family: Drawable, strength: float) -> None:
         for name in self._nets:
             adapters.set_scale(family.module(name), strength)
 

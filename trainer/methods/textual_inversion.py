@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import Drawable, Family
 from trainer.methods.base import Method, ParameterGroup
 from trainer.methods.tokens import NewTokens, token_names
 
@@ -69,15 +69,15 @@ class TextualInversion(Method):
         rows = self._tokens.rows()
         artifact.save_tensors(folder / artifact.EMBEDDINGS, rows, artifact.adapter_header(rows, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         values, _ = artifact.load_tensors(folder / artifact.EMBEDDINGS)
         self._tokens.attach(family, "", self.settings.seed, values)
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         self._tokens.detach(family)
 
     def merge(self, family: Family) -> str:
         return self._tokens.merge(family, self.settings.trigger_word)
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def set_strength(self, family: Drawable, strength: float) -> None:
         """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""
