@@ -367,12 +367,9 @@ class Trained:
 def read_trained(output_dir: Path) -> Trained:
     """Read what `train_on` left in `output_dir`."""
     weights = output_dir / "delivered"
-    tensors = {}
-    for path in weights.glob("*.safetensors"):
-        tensors |= load_tensors(path)[0]
-    last = max(path.parent for path in (output_dir / "checkpoints").glob("step_*/info.json"))
-    state = torch.load(last / "state.pt", weights_only=True)
-    return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), state)
+    tensors = {key: value for path in weights.glob("*.safetensors") for key, value in load_tensors(path)[0].items()}
+    state = max((output_dir / "checkpoints").glob("step_*/info.json")).with_name("state.pt")
+    return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), torch.load(state, weights_only=True))
 
 
 @pytest.fixture(scope="session")
