@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tarfile
 import tempfile
@@ -30,6 +31,7 @@ def is_repository(source: str) -> bool:
     return REPOSITORY.fullmatch(source) is not None and not Path(source).exists()
 
 
+@functools.cache  # asked with the weights of every step that is kept
 def license_of(source: str) -> str:
     """The license that a base model's own card names: a folder's README.md, or a repository's; "" where none does."""
     import yaml
