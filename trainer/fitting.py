@@ -84,10 +84,8 @@ def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
         ),
     )
     asked = parting.held_out or tuple(range(len(dataset.items)))[:MOST_SEEN]
-    judge = Judge(
-        questions(plan, cached, asked), rule(settings, best_step), output / EVALUATION / HISTORY, kept, told(parts)
-    )
-    judge.unseen = bool(parting.held_out)
+    judged_by = rule(settings, best_step, unseen=bool(parting.held_out))
+    judge = Judge(questions(plan, cached, asked), judged_by, output / EVALUATION / HISTORY, kept, told(parts))
     with parts.stages.stage("train"):
         step = run(parts, replace(plan, judge=judge), output)
     if not accelerator.is_main_process:

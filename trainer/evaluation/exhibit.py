@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from preprocessing.errors import UserError
@@ -118,6 +119,6 @@ def _base_of(wish: Wish) -> Wish:
     return Wish(wish.prompt, wish.seed, None)
 
 
-def _thumbnail_of(path: Path):
+def _thumbnail_of(path: Path) -> np.ndarray:
     with Image.open(path) as picture:
         return thumbnail(picture)

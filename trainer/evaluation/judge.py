@@ -43,15 +43,16 @@ class Rule:
     steps: tuple[int, ...]  # after which it is judged; the last one is the end of the run
     stop_early: bool
     keep_all: bool = False  # weights of every evaluation
+    unseen: bool = True  # whether the pictures asked about are kept from training
     best_step: int | None = None  # told by cross-validation: there the run is at its best, and ends
 
 
-def rule(settings: JobSettings, best_step: int | None = None, stop_early: bool = True) -> Rule:
+def rule(settings: JobSettings, best_step: int | None = None, stop_early: bool = True, unseen: bool = True) -> Rule:
     """Evaluations evenly over the run, and at its end."""
     last = settings.max_train_steps
     every = settings.evaluate_every or math.ceil(last / PER_RUN)
     steps = (*range(every, last, every), last)
-    return Rule(steps, stop_early and settings.early_stop, settings.keep_evaluated, best_step)
+    return Rule(steps, stop_early and settings.early_stop, settings.keep_evaluated, unseen, best_step)
 
 
 class Judge:
@@ -68,7 +69,6 @@ class Judge:
         (self._module, self._points), self.rule, self._log = asked, rule, log
         self._kept, self._tell = kept, tell
         self._history: History | None = None
-        self.unseen = True  # whether the points' pictures are kept from training
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Judge:
         self._history = history.read(self._log, step) if step else None
         if self._history is None:
             points, base = self._points, self._points.base_losses(self._module).numpy()
-            self._history = History(base, tuple(points.times), tuple(points.pictures), self.unseen)
+            self._history = History(base, tuple(points.times), tuple(points.pictures), self.rule.unseen)
             self._ask(step)
 
     def __call__(self, step: int) -> None:
@@ -95,7 +95,7 @@ class Judge:
         if self._kept is None:
             return
         best = self.rule.best_step
-        if step == best or (best is None and self.unseen and self.history.best_step == step):
+        if step == best or (best is None and self.rule.unseen and self.history.best_step == step):
             self._kept.save(BEST, step)
         if step == min(self.rule.steps, key=lambda one: abs(one - self.rule.steps[-1] / 2)):
             self._kept.save(MIDDLE, step)
