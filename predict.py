@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path as LocalPath
 from typing import TYPE_CHECKING, Any, List, Optional
 
@@ -47,6 +47,12 @@ class PredictSettings(DrawSettings):
         description="A trained_model.tar, its folder, a LoRA as .safetensors, a URL or a Hub id; null: the base alone.",
     )
     base_model: str | None = Field(None, description="Null: the one that the weights were trained on.")
+    companion_weights: str | None = Field(
+        None, description="Weights of the other half too, of a model in two halves (Kandinsky 2.2): as weights."
+    )
+    companion_model: str | None = Field(
+        None, description="The other half of such a model. Null: what the weights name, or the published one."
+    )
     output_dir: LocalPath = Field(LocalPath("outputs/predict"), description="Folder for the pictures.")
 
 
@@ -56,7 +62,18 @@ class Opened:
 
     key: str  # changes when the weights do
     base_model: str  # the one that they are for
+    companion_model: str | None  # its other half, where it has one
     keeping: ExitStack
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request draws with: weights as WeightsCache takes them, and models where they are not the weights' own."""
+
+    weights: str | None = None
+    base_model: str | None = None
+    companion_weights: str | None = None
+    companion_model: str | None = None
 
 
 class Studio:
@@ -67,50 +84,60 @@ class Studio:
 
     def __init__(self) -> None:
         self.generator: Generator | None = None
-        self.base_model: str | None = None
+        self.models: tuple[str, str | None] | None = None  # base and companion
         self.opened: dict[LocalPath, Opened] = {}
 
-    def ready(self, weights: str | None, base_model: str | None) -> "Generator":
-        """A generator with `weights` (see WeightsCache; None: none) on their own base, or on `base_model` if given.
+    def ready(self, wanted: Wanted) -> "Generator":
+        """A generator with the wanted weights (none: the base alone) on their own models, or on the given ones.
 
         After an error or a cancel the weights that were in are in still.
         """
+        sources = [source for source in (wanted.weights, wanted.companion_weights) if source is not None]
         try:
-            if weights is None:
-                generator = self._on(base_model or DEFAULT_BASE)
+            if not sources:
+                generator = self._on(wanted.base_model or DEFAULT_BASE, wanted.companion_model)
                 generator.release()
                 return generator
-            with ExitStack() as stack:
-                held = stack.enter_context(WeightsCache.from_environment().held(weights))
-                known = next((folder for folder, one in self.opened.items() if one.key == held.key), None)
-                folder = known or self._open(held, stack)
-                generator = self._on(base_model or self.opened[folder].base_model)
-                if known is None or generator.archive != folder:
-                    generator.use(folder)
-                return generator
+            before = dict(self.opened)
+            folders = [self._folder_of(source) for source in sources]
+            first, *others = (self.opened[folder] for folder in folders)
+            companion = others[0].base_model if others else first.companion_model
+            generator = self._on(wanted.base_model or first.base_model, wanted.companion_model or companion)
+            known = all(before.get(folder) is self.opened[folder] for folder in folders)
+            if not known or generator.archives != tuple(folders):
+                generator.use(*folders)
+            return generator
         finally:
             self._close_unused()
+
+    def _folder_of(self, source: str) -> LocalPath:
+        """Where the weights lie unpacked."""
+        with ExitStack() as stack:
+            held = stack.enter_context(WeightsCache.from_environment().held(source))
+            known = next((folder for folder, one in self.opened.items() if one.key == held.key), None)
+            return known or self._open(held, stack)
 
     def _open(self, held: "Held", stack: ExitStack) -> LocalPath:
         from trainer import foreign
 
         folder = stack.enter_context(foreign.unpacked(held.path))
-        self.opened[folder] = Opened(held.key, foreign.base_of(folder) or DEFAULT_BASE, stack.pop_all())
+        base = foreign.base_of(folder) or DEFAULT_BASE
+        self.opened[folder] = Opened(held.key, base, foreign.companion_of(folder), stack.pop_all())
         return folder
 
-    def _on(self, base_model: str) -> "Generator":
+    def _on(self, base_model: str, companion: str | None) -> "Generator":
         """A generator with this base model."""
-        if self.generator is None or self.base_model != base_model:
+        if self.generator is None or self.models != (base_model, companion):
             from trainer import families
             from trainer.generate import Generator
 
             families.family_class(base_model)  # a name that is none is told while the old one is still there
-            self.generator = self.base_model = None  # free its memory before the next one is loaded
-            self.generator, self.base_model = Generator(base_model), base_model
+            self.generator = self.models = None  # free its memory before the next one is loaded
+            self.generator, self.models = Generator(base_model, companion=companion), (base_model, companion)
         return self.generator
 
     def _close_unused(self) -> None:
-        for folder in self.opened.keys() - {self.generator.archive if self.generator else None}:
+        for folder in self.opened.keys() - set(self.generator.archives if self.generator else ()):
             self.opened.pop(folder).keeping.close()
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
@@ -119,7 +146,7 @@ class Studio:
         for name, path in (("image", settings.image), ("mask", settings.mask), *conditions):
             if path and not path.is_file():
                 raise UserError(f"{name} {path} does not exist: give the path of a picture")
-        generator = self.ready(settings.weights, settings.base_model)
+        generator = self.ready(Wanted(**settings.model_dump(include={field.name for field in fields(Wanted)})))
         from trainer.generate import seed_of
 
         settings = settings.model_copy(update={"seed": seed_of(settings)})
@@ -141,8 +168,9 @@ def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[Lo
     for i, picture in enumerate(pictures):
         seed = settings.seed + i
         text = PngInfo()
-        told = redacted(settings.weights) if settings.weights else None  # a picture is passed on, its text with it
-        one = settings.model_copy(update={"seed": seed, "num_outputs": 1, "weights": told})
+        # a picture is passed on, its text with it
+        told = {name: redacted(getattr(settings, name) or "") or None for name in ("weights", "companion_weights")}
+        one = settings.model_copy(update={"seed": seed, "num_outputs": 1} | told)
         text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir"}))
         files.append(settings.output_dir / f"{max(taken, default=0) + i + 1:04d}_seed{seed}.png")
         picture.save(files[-1], pnginfo=text)
@@ -159,7 +187,7 @@ class Predictor(BaseRunner):
         self.weights = weights or None
         self.studio = Studio()
         with hosted.told_shortly():
-            self.studio.ready(self.weights, None)
+            self.studio.ready(Wanted(self.weights))
 
     def run(
         self,
@@ -169,11 +197,21 @@ class Predictor(BaseRunner):
             default=None, description="trained_model.tar or LoRA: URL, path or Hub id."
         ),
         base_model: Optional[str] = Input(default=None, description="Normally the one the weights were trained on."),
+        companion_weights: Optional[str] = Input(
+            default=None, description="Weights of a second half, as for the first."
+        ),
+        companion_model: Optional[str] = Input(
+            default=None, description="The other half of a base model in two halves."
+        ),
         num_outputs: int = Input(default=1, ge=1, le=64, description="Pictures; each has the next seed."),
         width: Optional[int] = Input(default=None, ge=16, le=4096, description="In pixels."),
         height: Optional[int] = Input(default=None, ge=16, le=4096, description="In pixels."),
         guidance_scale: Optional[float] = Input(default=None, ge=0, le=50, description="Strictness about the prompt."),
         num_inference_steps: Optional[int] = Input(default=None, ge=1, le=1000, description="Denoising steps."),
+        prior_guidance_scale: Optional[float] = Input(default=None, ge=0, le=50, description="Of a model's prior."),
+        prior_num_inference_steps: Optional[int] = Input(
+            default=None, ge=2, le=1000, description="Of a model's prior."
+        ),
         scheduler: Optional[str] = Input(default=None, choices=SCHEDULERS, description="How the steps are taken."),
         seed: Optional[int] = Input(default=None, ge=0, description="The same seed draws the same picture."),
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),

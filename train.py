@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from cog import Input, Path, current_scope
 
+from preprocessing.errors import UserError
 from trainer import cancel, commandline, hosted
 from trainer.config import JobSettings
 
@@ -82,7 +83,7 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
     from trainer import job
 
     try:
-        archive = job.train(settings, progress=_tell, on_step=_tell_step).archive
+        result = job.train(settings, progress=_tell, on_step=_tell_step)
     except BaseException:  # a cancel is no Exception
         if left := hosted.resumable(settings.output_dir):
             print(f"not finished: {left}", flush=True)
@@ -91,9 +92,14 @@ def _trained(inputs: dict[str, Any], config: str | None) -> Path:
         raise
     finally:
         hosted.give_memory_back()
-    if not archive.is_file():
-        raise FileNotFoundError(f"the training ended without {archive}")
-    return Path(archive)
+    if not result.archive.is_file():
+        raise FileNotFoundError(f"the training ended without {result.archive}")
+    print("\n".join(result.summary.sentences()), flush=True)
+    for name, value in result.summary.scores().items():
+        current_scope().record_metric(name, value)
+    if result.pushed is not None:
+        print(result.pushed.told, flush=True)
+    return Path(result.archive)
 
 
 def _tell(stage: str, done: int, total: int) -> None:
@@ -127,7 +133,12 @@ def main(argv: list[str]) -> None:
         return
     result = job.train(settings)
     if result is not None:  # of several processes the first one tells
+        print("\n".join(result.summary.sentences()))
         print(f"weights: {result.archive}\nreport: {result.report}")
+        if result.pushed is not None and result.pushed.error is not None:
+            raise UserError(result.pushed.error)
+        if result.pushed is not None:
+            print(result.pushed.told)
 
 
 if __name__ == "__main__":

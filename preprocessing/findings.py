@@ -56,12 +56,18 @@ class Estimate(_Frozen):
     """What the training will cost, from a few real steps at the largest bucket."""
 
     steps: int
+    runs: int = 1  # of that many steps: those of a cross-validation come on top
     measured_steps: int
     bucket: tuple[int, int]
     seconds_per_step: float
     peak_memory_mib: float
     memory_of: str  # "accelerator" or "process"
-    seconds_total: float  # preparing, encoding and training; without the pictures drawn at the end
+    seconds_total: float  # preparing, encoding, training and judging; without the pictures drawn at the end
+
+    def planned(self) -> str:
+        """How many steps, in words."""
+        once = f"{self.steps} steps"
+        return once if self.runs == 1 else f"{self.runs} runs (cross-validation of few pictures) with {once}"
 
 
 class Findings(_Frozen):
@@ -83,7 +89,7 @@ class Findings(_Frozen):
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.estimate:
             lines.append(
-                f"{self.estimate.steps} steps of {duration(self.estimate.seconds_per_step)}: "
+                f"{self.estimate.planned()} of {duration(self.estimate.seconds_per_step)}: "
                 f"about {duration(self.estimate.seconds_total)} in all, "
                 f"{self.estimate.peak_memory_mib:.0f} MiB of memory ({self.estimate.memory_of})"
             )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from preprocessing.captioners.base import device
 from preprocessing.crop import Place, Task, is_finished, save
-from preprocessing.errors import UserError
+from preprocessing.models import loaded
 from preprocessing.pictures import UnreadablePicture, decode
 from preprocessing.settings import PrepareSettings
 
@@ -62,26 +61,11 @@ def _mask(likely: np.ndarray, size: tuple[int, int]) -> Image.Image | None:
     return soft.resize(size, Image.Resampling.BILINEAR)
 
 
-@contextmanager
-def loaded_masker(settings: PrepareSettings) -> Iterator[TextMasker]:
+def loaded_masker(settings: PrepareSettings) -> AbstractContextManager[TextMasker]:
     """The masker that the settings ask for, its memory given back at the end; UserError where there is no model."""
-    import torch
-
     model = settings.mask_model or MODEL
-    try:
-        masker = TextMasker(settings.mask_words, model)
-    except OSError as error:
-        raise UserError(
-            f"mask_model: {model} cannot be loaded ({str(error).splitlines()[0][:150]}): check the network, "
-            "or set mask_from to face, alpha or none."
-        ) from error
-    try:
-        yield masker
-    finally:
-        del masker
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+    remedy = "or set mask_from to face, alpha or none"
+    return loaded(lambda: TextMasker(settings.mask_words, model), f"mask_model: {model}", remedy)
 
 
 def with_text_masks(tasks: Iterable[Task], place: Place, settings: PrepareSettings) -> Iterator[Task]:

@@ -37,6 +37,15 @@ def with_trigger(caption: str, trigger: str, mode: Mode = "subject") -> str:
     return wording.with_caption.format(trigger=trigger, caption=caption)
 
 
+def without_trigger(caption: str, trigger: str, class_word: str) -> str:
+    """The caption with the class word, or nothing, where the trigger was.
+
+    >>> without_trigger("a photo of TOK on a beach", "TOK", "robot")
+    'a photo of robot on a beach'
+    """
+    return " ".join(trigger_pattern(trigger).sub(lambda _: class_word, caption).split())
+
+
 def dressed(caption: str, settings: PrepareSettings) -> str:
     """The caption with prefix, suffix and trigger, each unless it is there; so doing it twice changes nothing."""
     caption, prefix, suffix = caption.strip(), settings.caption_prefix, settings.caption_suffix

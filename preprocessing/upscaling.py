@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image
 
 from preprocessing.buckets import Size
 from preprocessing.captioners.base import device
-from preprocessing.errors import UserError
+from preprocessing.models import loaded
 
 
 class Upscaler:
@@ -49,22 +47,6 @@ class Upscaler:
         )
 
 
-@contextmanager
-def loaded_upscaler(model: str) -> Iterator[Upscaler]:
+def loaded_upscaler(model: str) -> AbstractContextManager[Upscaler]:
     """The upscaler, its memory given back at the end; UserError where its model is not at hand."""
-    import torch
-
-    try:
-        upscaler = Upscaler(model)
-    except OSError as error:
-        raise UserError(
-            f"upscale_model: {model} cannot be loaded ({str(error).splitlines()[0][:150]}): check the network, "
-            "or leave it out, which enlarges by Lanczos."
-        ) from error
-    try:
-        yield upscaler
-    finally:
-        del upscaler
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+    return loaded(lambda: Upscaler(model), f"upscale_model: {model}", "or leave it out, which enlarges by Lanczos")

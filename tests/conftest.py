@@ -47,7 +47,9 @@ class FakeJob:
         archive = settings.output_dir / "trained_model.tar"
         if self.leaves_archive:
             archive.write_bytes(b"weights")
-        return types.SimpleNamespace(archive=archive, report=settings.output_dir / "report.html")
+        summary = types.SimpleNamespace(sentences=lambda: ["It is as good as it gets."], scores=lambda: {"drift": 0.5})
+        report = settings.output_dir / "report.html"
+        return types.SimpleNamespace(archive=archive, report=report, summary=summary, pushed=None)
 
 
 @pytest.fixture
@@ -68,24 +70,24 @@ class FakeGenerator:
 
     calls: ClassVar[list[Any]] = []
 
-    def __init__(self, base_model: str, device: str | None = None):
-        self.calls.append(("base", base_model))
-        self.archive: Path | None = None
+    def __init__(self, base_model: str, device: str | None = None, companion: str | None = None):
+        self.calls.append(("base", base_model) if companion is None else ("base", base_model, companion))
+        self.archives: tuple[Path, ...] = ()
 
     @staticmethod
     def check(base_model: str) -> None:
         if base_model == "nonsense":
             raise ValueError("no such base model")
 
-    def use(self, archive: Path) -> None:
-        self.calls.append(("use", archive))
-        if archive.read_bytes() == b"broken":
+    def use(self, *archives: Path) -> None:
+        self.calls.append(("use", *archives))
+        if any(archive.read_bytes() == b"broken" for archive in archives):
             raise ValueError("broken weights")
-        self.archive = archive
+        self.archives = archives
 
     def release(self) -> None:
         self.calls.append("release")
-        self.archive = None
+        self.archives = ()
 
     def draw(self, settings: Any) -> list[Any]:
         from PIL import Image
@@ -106,6 +108,7 @@ def generator_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any
     generate.Generator = FakeGenerator
     generate.seed_of = lambda settings: 99 if settings.seed is None else settings.seed
     foreign.unpacked = contextlib.nullcontext
+    foreign.companion_of = lambda path: "its other half" if "half" in path.name else None
     foreign.base_of = lambda path: None if "plain" in path.name else f"base of {path.stem}"
     families.family_class = FakeGenerator.check
     for module in modules:

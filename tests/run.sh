@@ -16,4 +16,5 @@ if [ "${1:-}" = slow ]; then
     shift
     exec .venv/bin/python -m pytest -m slow "$@"
 fi
-exec .venv/bin/python -m pytest "$@"
+# Two processes, each file in one of them: the fixtures of a file are made once.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -269,12 +269,13 @@ def test_progress_has_one_type_a_metric(fake_job, tmp_path: Path, monkeypatch: p
     assert dict(scope.told) == {
         **{"stage": "train", "step": 2, "total_steps": 2},
         **{"loss": 1.0, "images_per_second": 2.0, "eta_s": 0.0},  # a loss that is no number was left out
+        "drift": 0.5,  # of the finished job
     }
     types: dict[str, set[type]] = {}
     for name, value in scope.told:
         types.setdefault(name, set()).add(type(value))
     assert types == {"stage": {str}, "step": {int}, "total_steps": {int}} | {
-        name: {float} for name in ("loss", "images_per_second", "eta_s")
+        name: {float} for name in ("loss", "images_per_second", "eta_s", "drift")
     }
 
 

@@ -267,7 +267,9 @@ def test_recipes_are_settings(root: Path) -> None:
     for path in paths:
         settings = read(str(path), *([] if "toybox" in path.stem else ["--input_images", "a.zip"]))
         assert settings.output_dir == Path("outputs") / path.stem
-        assert settings.method == "condition" or path.stem.endswith(settings.method)
+        # a half of Kandinsky without more is that half trained fully
+        plain = ("kandinsky22_decoder", "kandinsky22_prior")
+        assert settings.method == "condition" or path.stem.endswith(settings.method) or path.stem in plain
         if "toybox" in path.stem:
             assert (root / settings.input_images).is_file()
 

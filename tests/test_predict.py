@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import predict
+from predict import Wanted
 from preprocessing.errors import UserError
 from trainer.drawing import DrawSettings
 
@@ -56,31 +57,31 @@ def test_seed_that_was_not_given_is_told(generator_calls: list[Any], tmp_path: P
 
 def test_base_and_weights_are_loaded_once(generator_calls: list[Any], weights: Path, tmp_path: Path) -> None:
     studio = predict.Studio()
-    studio.ready(str(weights), None)
-    studio.ready(str(weights), None)
+    studio.ready(Wanted(str(weights), None))
+    studio.ready(Wanted(str(weights), None))
     assert generator_calls == [("base", "base of mine"), ("use", weights)]
     generator_calls.clear()
-    studio.ready(None, "base of mine")  # without weights: the same base as it was
+    studio.ready(Wanted(None, "base of mine"))  # without weights: the same base as it was
     assert generator_calls == ["release"]
     generator_calls.clear()
-    studio.ready(None, None)
+    studio.ready(Wanted(None, None))
     assert generator_calls == [("base", "toybox"), "release"]
     generator_calls.clear()
-    studio.ready(str(weights), "toybox")  # opened once more, on the base that is loaded
+    studio.ready(Wanted(str(weights), "toybox"))  # opened once more, on the base that is loaded
     assert generator_calls == [("use", weights)]
     generator_calls.clear()
-    studio.ready(str(weights), "another")
+    studio.ready(Wanted(str(weights), "another"))
     assert generator_calls == [("base", "another"), ("use", weights)]
 
 
 def test_weights_that_changed_on_disk_are_loaded_again(generator_calls: list[Any], weights: Path) -> None:
     studio = predict.Studio()
-    studio.ready(str(weights), None)
+    studio.ready(Wanted(str(weights), None))
     other = weights.with_name("other.tar")
     other.write_bytes(b"newer weights")
     other.replace(weights)
     generator_calls.clear()
-    studio.ready(str(weights), None)
+    studio.ready(Wanted(str(weights), None))
     assert generator_calls == [("use", weights)]
 
 
@@ -88,34 +89,34 @@ def test_after_broken_weights_those_before_are_in(generator_calls: list[Any], we
     broken = weights.with_name("broken.tar")
     broken.write_bytes(b"broken")
     studio = predict.Studio()
-    studio.ready(str(weights), "toybox")
+    studio.ready(Wanted(str(weights), "toybox"))
     with pytest.raises(ValueError, match="broken weights"):
-        studio.ready(str(broken), "toybox")
+        studio.ready(Wanted(str(broken), "toybox"))
     generator_calls.clear()
-    studio.ready(str(weights), "toybox")
+    studio.ready(Wanted(str(weights), "toybox"))
     assert generator_calls == []  # the generator put them back by itself
     assert list(studio.opened) == [weights]
 
 
 def test_a_wrong_base_is_told_before_the_old_one_goes(generator_calls: list[Any], weights: Path) -> None:
     studio = predict.Studio()
-    studio.ready(str(weights), None)
+    studio.ready(Wanted(str(weights), None))
     generator_calls.clear()
     with pytest.raises(ValueError, match="no such base"):
-        studio.ready(None, "nonsense")
-    studio.ready(str(weights), None)
+        studio.ready(Wanted(None, "nonsense"))
+    studio.ready(Wanted(str(weights), None))
     assert generator_calls == []
 
 
 def test_weights_that_name_no_base_are_for_the_default_one(generator_calls: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     path.write_bytes(b"weights")
-    predict.Studio().ready(str(path), None)
+    predict.Studio().ready(Wanted(str(path), None))
     assert generator_calls[0] == ("base", "toybox")
 
 
 def test_given_base_wins(generator_calls: list[Any], weights: Path) -> None:
-    predict.Studio().ready(str(weights), "another")
+    predict.Studio().ready(Wanted(str(weights), "another"))
     assert generator_calls[0] == ("base", "another")
 
 

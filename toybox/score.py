@@ -104,7 +104,8 @@ class AdapterPictures:
     after: Pictures
 
 
-def _judge_subjects(finder: Finder, task: AdapterTask, pictures: Pictures) -> dict[str, float]:
+def judge_subjects(finder: Finder, task: AdapterTask, pictures: Pictures) -> dict[str, float]:
+    """How often (0..1) the sprite is found, and the background and position are those asked for."""
     rows = []
     for picture, pasted in zip(pictures, task.subjects, strict=True):
         pixels = pixels_of(picture)
@@ -134,7 +135,7 @@ def judge_adapter(sprite: Image.Image, task: AdapterTask, pictures: AdapterPictu
     moved = [
         np.abs(pixels_of(a) - pixels_of(b)).mean() / 255 for a, b in zip(pictures.before, pictures.after, strict=True)
     ]
-    return _judge_subjects(finder, task, pictures.subjects) | {
+    return judge_subjects(finder, task, pictures.subjects) | {
         "drift": round(float(np.mean(moved)), 4),
         "drift_attributes": {name: round(before[name] - after[name], 4) for name in ATTRIBUTES},
         "bleed": round(float(np.mean([finder.find(picture).found for picture in pictures.after])), 4),

@@ -3,7 +3,9 @@
     manifest.json           Manifest below
     adapter.safetensors     diffusers/peft keys ("unet.", "text_encoder.", "text_encoder_2." and the module's path)
     embeddings.safetensors  clip_l [n, d], clip_g [n, d]: the new tokens, where the method has them
-    comfyui/*.safetensors   the same adapter in kohya's keys (trainer.kohya)
+    comfyui/                the same weights as other programs load them (trainer.ui_files)
+    README.md               the model card
+    evaluation.json         how good they are (trainer.evaluation.summary.Summary)
     config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
 
 An archive may come from anybody, so that every member's name, kind and size is checked before a byte is written, and
@@ -13,6 +15,7 @@ only safetensors, JSON and the like are let in: a pickle runs code when it is re
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -37,22 +40,31 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks
+EVALUATION = "evaluation.json"
+CARD = "README.md"
 MEMBERS = (
     MANIFEST,
     ADAPTER,
     EMBEDDINGS,
     "comfyui/*.safetensors",
+    "comfyui/embeddings/*.safetensors",
+    CARD,
     "config.yaml",
     "captions.jsonl",
     "metrics.jsonl",
+    EVALUATION,
     "report.html",
     "samples/*.png",
 )
+# Header values that stand for the SHA-256 of the tensors until they are written, by the keys that want it.
+HASH_TO_COME = "0x" + 64 * "0"
+HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # field -> what it begins with
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
 
 _SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}/){0,3}[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 # .pti is cog-sdxl's name for a .safetensors file of embeddings, and is read as one
-_SUFFIXES = frozenset({".safetensors", ".pti", ".json", ".jsonl", ".yaml", ".html", ".png"})
+_SUFFIXES = frozenset({".safetensors", ".pti", ".json", ".jsonl", ".yaml", ".html", ".md", ".png"})
 _PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 _LONG_HEADERS = frozenset(
     {
@@ -77,6 +89,7 @@ class Manifest(BaseModel):
     format_version: int = FORMAT_VERSION
     base_model: str  # as the user named it
     base_hash: str  # of the base model's weights
+    base_license: str = ""  # as its own card calls it; "" where that is not known
     family: str
     method: str
     trigger_word: str
@@ -86,9 +99,11 @@ class Manifest(BaseModel):
     dataset_hash: str
     step: int  # the optimiser step that the weights are from
     created: datetime
+    chosen: str = ""  # why the weights are of that step, in a sentence
     scores: dict[str, float] = {}
     libraries: dict[str, str] = {}  # distribution -> version
     nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`
+    started_from: dict[str, str] = {}  # what init_adapter named, and the SHA-256 of its content
 
 
 @dataclass(frozen=True)
@@ -160,21 +175,31 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file whole; the same tensors and header (strings) always give the same bytes."""
+    """Write a .safetensors file whole; the same tensors and header (strings) always give the same bytes.
+
+    A header with a field of HASHES gets the SHA-256 of everything behind the header there.
+    """
     from safetensors.torch import save_file
 
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own: safetensors makes files that nobody else may read
         save_file(stored, temporary, metadata={"format": "pt"} | (header or {}))
-        _sort_header(temporary)
+        temporary.chmod(mode)
+        _finish_header(temporary)
 
 
-def _sort_header(path: Path) -> None:
-    """Put the metadata of a .safetensors file in order: safetensors writes it in a hash map's, another each time."""
+def _finish_header(path: Path) -> None:
+    """Fill in hashes, and put the metadata of a .safetensors file in order: safetensors writes a hash map's."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        metadata = header["__metadata__"]
+        if HASHES.keys() & metadata.keys():
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            metadata |= {field: start + digest for field, start in HASHES.items() if field in metadata}
+        header["__metadata__"] = dict(sorted(metadata.items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
             raise RuntimeError(f"the header of {path} grew from {length} to {len(text)} bytes when it was sorted")
@@ -194,6 +219,23 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path.name} is missing from the weights; train again or copy them again.") from error
     except SafetensorError as error:
         raise UserError(f"{path.name} is not a whole .safetensors file ({error}); copy it again.") from error
+
+
+def nets_of(folder: Path) -> set[str]:
+    """Names of the nets that an unpacked archive has weights of, "tokens" for its token embeddings."""
+    from safetensors import safe_open
+
+    nets = {"tokens"} if (folder / EMBEDDINGS).is_file() else set()
+    if (folder / ADAPTER).is_file():
+        with safe_open(folder / ADAPTER, framework="pt", device="cpu") as file:
+            nets |= {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+    return nets
+
+
+def main_config(nets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of `Manifest.nets` the LoraConfig whose rank and alpha stand for all: the denoiser's where it has one."""
+    denoisers = (config for net, config in nets.items() if not net.startswith("text_encoder"))
+    return next(denoisers, None) or next(iter(nets.values()))
 
 
 def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:

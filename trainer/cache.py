@@ -5,8 +5,8 @@ Everything is stored by sample, never by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,10 +27,16 @@ class Cache:
     mirrored: list[Sample]
     text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
     repeats: tuple[int, ...] | None = None  # how often each picture counts; None: all once
+    null: Conditioning = field(default_factory=dict)  # what a dropped sample's own conditioning is replaced by
 
     def buckets(self) -> list[tuple[int, ...]]:
         """The latent shape of each picture."""
         return [tuple(sample.mean.shape) for sample in self.samples]
+
+    def without(self, pictures: Collection[int]) -> Cache:
+        """The same with these pictures never trained on."""
+        repeats = self.repeats or (1,) * len(self.samples)
+        return replace(self, repeats=tuple(0 if i in pictures else count for i, count in enumerate(repeats)))
 
 
 def _runs(pictures: Sequence[Picture]) -> list[list[int]]:
@@ -78,7 +84,9 @@ def build(
     samples = encode_dataset(family, dataset, False, progress, method)
     mirrored = encode_dataset(family, dataset, True, progress, method) if dataset.horizontal_flip else []
     repeats = tuple(item.repeats for item in dataset.items)
-    return Cache(samples, mirrored, encode_captions(family, text), repeats)
+    with torch.no_grad():
+        null = family.null_picture()
+    return Cache(samples, mirrored, encode_captions(family, text), repeats, null)
 
 
 def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ NAME = re.compile(r"step_(\d{8})")
 # settings that may differ between a run and its resumption without changing what is trained
 FREE_SETTINGS = frozenset(
     {"input_images", "output_dir", "resume", "report_to", "checkpoint_every", "checkpoints_total_limit"}
-    | {"preview_prompts", "preview_seeds", "workers", "dry_run"}
+    | {"save_diffusers", "preview_prompts", "preview_seeds", "workers", "dry_run", "push_to_hub", "hub_private"}
+    | {"init_adapter"}  # wherever it lies: the hash of its content is in the fingerprint
 )
 
 
@@ -63,8 +65,11 @@ class Checkpoints:
         found = [p for p in self.folder.glob("step_*") if NAME.fullmatch(p.name) and (p / INFO_FILE).exists()]
         return sorted(found)
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint under a temporary name, rename it, then remove those over the limit."""
+    def save(self, step: int, state: dict[str, Any], beside: Callable[[Path], None] | None = None) -> Path:
+        """Write a checkpoint under a temporary name, rename it, then remove those over the limit.
+
+        `beside` may write more into the folder that it is given.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}"
         temporary = self.folder / f"unfinished_{step:08d}"
@@ -72,6 +77,8 @@ class Checkpoints:
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         torch.save(state, temporary / STATE_FILE)
+        if beside is not None:
+            beside(temporary)
         info = {"step": step, "identity": self.identity}
         (temporary / INFO_FILE).write_text(json.dumps(info, indent=2), encoding="utf-8")
         os.replace(temporary, path)

@@ -78,6 +78,9 @@ class OptimisationSettings(PrepareSettings):
     text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
     pivot_fraction: float = Field(0.7, ge=0, le=1, description="Share of the run after which the tokens are frozen.")
     max_train_steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, description="In place of max_train_steps: how often each picture is trained on."
+    )
     train_batch_size: int | None = Field(None, ge=1, description="Pictures a step and process.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches that are summed into one optimiser step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
@@ -89,7 +92,9 @@ class ObjectiveSettings(PrepareSettings):
 
     snr_gamma: float | None = Field(5.0, gt=0, description="Min-SNR weighting; null switches it off.")
     noise_offset: float = Field(0.0, ge=0, description="Noise added per channel, for darker and brighter pictures.")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of captions replaced by the empty one.")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples without condition: no caption, or a black picture."
+    )
     preservation_weight: float | None = Field(
         None, ge=0, description="Pull towards the base model's own predictions on prompts without the trigger."
     )
@@ -98,10 +103,43 @@ class ObjectiveSettings(PrepareSettings):
     )
 
 
+class EvaluationSettings(PrepareSettings):
+    """How a job judges itself."""
+
+    holdout: int | None = Field(
+        None,
+        ge=0,
+        description="Pictures kept from training to judge it by; null: a tenth, or of fewer than 8 none but "
+        "cross-validation; 0: train on everything, to the last step.",
+    )
+    validation_folds: int = Field(
+        2,
+        ge=0,
+        le=7,
+        description="Of fewer than 8 pictures: further runs that leave a part out; 0: none.",
+    )
+    evaluate_every: int | None = Field(None, ge=1, description="Steps between evaluations; null: eight a run.")
+    keep_evaluated: bool = Field(
+        False, description="Keep the weights of every evaluation, not of the best, the middle and the last one only."
+    )
+    early_stop: bool = Field(True, description="End a run that is overfitted beyond doubt; its best step is delivered.")
+    unrelated_prompts: tuple[str, ...] | None = Field(
+        None, description="Prompts on which drift from the base model is measured; null: what suits the base model."
+    )
+
+
 class RunSettings(PrepareSettings):
     """Where and how the job runs and what it leaves."""
 
     base_model: str = Field("toybox", description="A toybox model's name, a folder, a .safetensors file or a Hub id.")
+    companion_model: str | None = Field(
+        None, description="The other half of a base model that is one of two (Kandinsky 2.2); None: the published one."
+    )
+    init_adapter: str | None = Field(
+        None,
+        description="Weights that training starts from: an archive, folder, LoRA file, URL or Hub id, ours or not. "
+        "Rank, alpha, layers and tokens are taken from it.",
+    )
     output_dir: Path = Field(Path("outputs/train"), description="Everything the job writes goes here.")
     seed: int = Field(0, ge=0, lt=2**63, description="The same seed gives the same weights on the same machine.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
@@ -113,6 +151,12 @@ class RunSettings(PrepareSettings):
         "needs gradient_checkpointing.",
     )
     gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
+    enable_xformers: bool = Field(False, description="Attention of the denoiser by xFormers, where it is installed.")
+    save_diffusers: bool | None = Field(
+        None,
+        description="Also leave the weights in diffusers' layout in output_dir and in every checkpoint: "
+        "pytorch_lora_weights.safetensors, or with method full the nets and the whole pipeline.",
+    )
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; None: four a run.")
     checkpoints_total_limit: int = Field(2, ge=1, description="Older checkpoints are removed.")
     resume: bool = Field(False, description="Go on from the last checkpoint in output_dir.")
@@ -120,6 +164,10 @@ class RunSettings(PrepareSettings):
         False, description="Stop before the training: prepare, measure a few steps, write prepared/report.html."
     )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Beside metrics.jsonl.")
+    push_to_hub: str | None = Field(
+        None, description="Repository (owner/name) that gets the weights; the token is HF_TOKEN's or the login's."
+    )
+    hub_private: bool = Field(True, description="A repository that push_to_hub makes is private.")
     preview_prompts: tuple[str, ...] | None = Field(None, description="Drawn at the end, base beside adapted.")
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 
@@ -136,7 +184,9 @@ NESTED = {
 ALWAYS = {"use_bias_correction": "true", "safeguard_warmup": "true", "init_lora_weights": "gaussian"}
 
 
-class JobSettings(MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, RunSettings):
+class JobSettings(
+    MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings
+):
     """All settings of one job."""
 
     @model_validator(mode="before")
@@ -162,6 +212,8 @@ class JobSettings(MethodSettings, ConditionSettings, OptimisationSettings, Objec
             raise ValueError("base_precision fp8 is for weights that stay as they are, and full trains them")
         if self.base_precision == "fp8" and not self.gradient_checkpointing:
             raise ValueError("base_precision fp8 saves nothing without gradient_checkpointing: switch it on")
+        if self.num_train_epochs is not None and self.max_train_steps is not None:
+            raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
         return self

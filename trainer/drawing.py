@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# settings that only some base models have; see Drawable.draw_options
+FOR_SOME = ("prior_guidance_scale", "prior_num_inference_steps")
 Scheduler = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
 
@@ -22,6 +24,10 @@ class DrawSettings(BaseModel):
     height: int | None = Field(None, ge=16, le=4096, description="In pixels.")
     guidance_scale: float | None = Field(None, ge=0, le=50, description="How strictly the prompt is followed.")
     num_inference_steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
+    prior_guidance_scale: float | None = Field(
+        None, ge=0, le=50, description="The same of the prior, of a model that has one (Kandinsky 2.2)."
+    )
+    prior_num_inference_steps: int | None = Field(None, ge=2, le=1000, description="The prior's denoising steps.")
     scheduler: Scheduler | None = Field(None, description="How the steps are taken.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed draws the same picture; null: a random one."

@@ -23,16 +23,16 @@ def generator(*key: int | str) -> torch.Generator:
 class Draw:
     """One sample's random numbers."""
 
-    posterior: Tensor  # [C, h, w], picks the latents within their posterior
-    noise: Tensor  # [C, h, w]
+    posterior: Tensor  # as the sample, [C, h, w] or [D]: picks the latents within their posterior
+    noise: Tensor  # as the sample
     uniform: float  # [0, 1)
     drop_caption: float  # [0, 1)
     flip: float  # [0, 1)
     prompt: float  # [0, 1), picks a preserved prompt
 
 
-def draw(seed: int, step: int, position: tuple[int, int], shape: torch.Size, noise_offset: float) -> Draw:
-    """Draws of sample `position` = (index, count) of one optimiser step.
+def draw(seed: int, step: int | str, position: tuple[int, int], shape: torch.Size, noise_offset: float) -> Draw:
+    """Draws of sample `position` = (index, count) of one optimiser step (or of what else is told by a name).
 
     Times are stratified: the step's samples lie evenly around one random offset, which lowers the variance of the
     gradient (low-discrepancy sampler, Kingma et al. 2021, arXiv:2107.00630, appendix I.1). `noise_offset` adds one
@@ -44,7 +44,7 @@ def draw(seed: int, step: int, position: tuple[int, int], shape: torch.Size, noi
     posterior = torch.randn(shape, generator=source)
     coins = torch.rand(3, generator=source, dtype=torch.float64).tolist()
     if noise_offset:
-        noise = noise + noise_offset * torch.randn(shape[0], 1, 1, generator=source)
+        noise = noise + noise_offset * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=source)
     shared = generator(seed, step, "time")
     offset = torch.rand((), generator=shared, dtype=torch.float64).item()
     order = torch.randperm(count, generator=shared)

@@ -1,7 +1,8 @@
 """Weights that other programs made, turned into a folder like our own archive's, to fit a loaded base model.
 
-    one .safetensors file   LoRA or DoRA in kohya's keys (A1111, ComfyUI), diffusers' (old and new) or peft's;
-                            or token embeddings (clip_l, clip_g)
+    one .safetensors file   LoRA or DoRA in kohya's keys (A1111, ComfyUI), diffusers' (old and new) or peft's, with a
+                            bundled embedding (bundle_emb.) or none; or token embeddings (clip_l, clip_g, emb_params,
+                            or the token itself as the one key)
     a tar, tar.gz, folder   such files: cog-sdxl's lora.safetensors, embeddings.pti and special_params.json among them
 
 kohya's names cannot be read without the model, since "_" stands for both "." and "_": each name is looked up among the
@@ -15,7 +16,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,18 +24,24 @@ from torch import Tensor
 from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.adapter_keys import Adapter, read_adapter
-from trainer.artifact import ADAPTER, EMBEDDINGS, MANIFEST, Manifest
+from trainer.artifact import MANIFEST
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import TEXT, Drawable
+from trainer.methods import METHODS
+from trainer.ui_files import BUNDLE
+from trainer.weights import Weights, manifest_for
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
-# cog-sdxl's names -> ours
+# other programs' names -> ours: cog-sdxl's, A1111's, ComfyUI's, those in a bundle
 EMBEDDING_KEYS = {
     "clip_l": "clip_l",
     "clip_g": "clip_g",
     "t5": "t5",
+    "t5xxl": "t5",
     "text_encoders_0": "clip_l",
     "text_encoders_1": "clip_g",
+    "emb_params": "clip_l",
+    "string_to_param.*": "clip_l",
 }
 TRIGGER = "TOK"  # where a file does not say
 # Width of the text that cross-attention reads -> the base model that such weights are usually for.
@@ -45,6 +51,11 @@ USUAL_BASES = {
     2048: "stabilityai/stable-diffusion-xl-base-1.0",
 }
 USUAL_TRANSFORMER = "black-forest-labs/FLUX.1-dev"
+# Kandinsky 2.2 by its keys: the decoder alone reads pictures through added keys, the prior alone has blocks at its top.
+USUAL_HALVES = (
+    (re.compile(r"\.(?:processor\.)?add_k_proj(?:_lora)?\."), "kandinsky-community/kandinsky-2-2-decoder"),
+    (re.compile(r"^(?:prior\.)?transformer_blocks\.\d+\.attn1\."), "kandinsky-community/kandinsky-2-2-prior"),
+)
 CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_k[._].*(?:down|lora_A)")
 LONGEST_HEADER = 10**8  # bytes, as safetensors itself allows
 TRANSFORMER_KEYS = re.compile(
@@ -75,7 +86,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path, family: Family, base_model: str) -> Iterator[Path]:
+def opened(path: Path, family: Drawable, base_model: str) -> Iterator[Path]:
     """Yield a folder as `artifact.opened` does, whatever kind of weights `path` is; UserError where they do not fit."""
     with unpacked(path) as folder:
         if (folder / MANIFEST).is_file():
@@ -95,9 +106,19 @@ def base_of(folder: Path) -> str | None:
         return parts.header["base_model"]
     if parts.for_transformer():
         return USUAL_TRANSFORMER
+    for pattern, usual in USUAL_HALVES:
+        if any(pattern.search(key) for key in parts.weights):
+            return usual
     readers = {key: tensor for key, tensor in parts.weights.items() if CROSS_ATTENTION.search(key) and tensor.dim() > 1}
     widths = {2048} if "clip_g" in parts.rows else {tensor.shape[1] for tensor in readers.values()}
     return USUAL_BASES.get(widths.pop()) if len(widths) == 1 else None
+
+
+def companion_of(folder: Path) -> str | None:
+    """The other half of the base model that unpacked weights of ours name, where it is one of two."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return artifact.read_manifest(folder).settings.get("companion_model")
 
 
 def _is_wanted(name: str) -> bool:
@@ -119,12 +140,15 @@ class _Parts:
         self.weights: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
         self.header: dict[str, str] = {}
+        self.name = ""  # of an embedding that says it itself
         found = []
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".pti") and p.is_file()):
             tensors, header = artifact.load_tensors(path)
-            if tensors.keys() <= EMBEDDING_KEYS.keys():
-                self.rows |= {EMBEDDING_KEYS[key]: value for key, value in tensors.items()}
-            else:
+            tensors, rows, name = _parted(tensors)
+            self.rows |= rows
+            self.name = name or self.name
+            self.header = self.header or header
+            if tensors:
                 found.append(path.name)
                 self.weights, self.header = tensors, header
         if len(found) > 1:
@@ -145,13 +169,39 @@ class _Parts:
         if self.rows and not 1 <= count <= 64:
             raise UserError("The token embeddings of the weights are not 1 to 64 rows each: copy them again.")
         if not self.special:
-            return self.header.get("trigger_word") or self.header.get("modelspec.trigger_phrase") or TRIGGER, count
+            stated = self.header.get("trigger_word") or self.header.get("modelspec.trigger_phrase")
+            return stated or self.name or TRIGGER, count
         if len(self.special) > 1:
             raise UserError(f"{SPECIAL} of the weights has several trigger words: weights of one are read.")
         ((word, tokens),) = self.special.items()
         if self.rows and len(re.findall(r"<s\d+>", str(tokens))) != count:
             raise UserError(f"{SPECIAL} of the weights says {word} is {tokens!r:.60}, and there are {count} tokens.")
         return word, count
+
+
+def _parted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """A file's weights, its rows of tokens by our keys (each [n, d]), and the name that the tokens have there."""
+    if len(tensors) == 1 and not tensors.keys() & EMBEDDING_KEYS.keys():
+        ((token, rows),) = tensors.items()
+        if rows.dim() <= 2 and "." not in token and not re.search(r"lora|weight", token):  # as diffusers trains one
+            return {}, {"clip_l": rows[None] if rows.dim() == 1 else rows}, token
+    if tensors.keys() <= EMBEDDING_KEYS.keys():
+        return {}, {EMBEDDING_KEYS[key]: value for key, value in tensors.items()}, ""
+    weights, bundled = {}, {}
+    for key, value in tensors.items():
+        prefix, _, rest = key.partition(".")
+        (bundled if prefix == BUNDLE else weights)[rest if prefix == BUNDLE else key] = value
+    names = {key.partition(".")[0] for key in bundled}
+    if len(names) > 1:
+        raise UserError(f"The weights bundle several embeddings ({', '.join(sorted(names)[:4])}): one is read.")
+    rows = {}
+    for key, value in bundled.items():
+        ending = key.partition(".")[2]
+        if ending not in EMBEDDING_KEYS:
+            known = ", ".join(EMBEDDING_KEYS)
+            raise UserError(f"The weights bundle an embedding with {ending!r}, which is not read: known are {known}.")
+        rows[EMBEDDING_KEYS[ending]] = value
+    return weights, rows, next(iter(names), "")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -166,7 +216,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return {}
 
 
-def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> None:
+def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> None:
     """Write the weights as our archive's files."""
     if parts.for_transformer() and not any(net.name == "transformer" for net in family.nets):
         raise UserError(
@@ -177,25 +227,14 @@ def _convert(parts: _Parts, folder: Path, family: Family, base_model: str) -> No
     word, count = parts.trigger()
     method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"
     given = {"input_images": "elsewhere", "base_model": base_model, "method": method, "trigger_word": word}
+    given |= {"n_tokens": count} if count else {}
+    text = {net.name for net in family.nets if net.part == TEXT}
+    given |= {"train_text_encoder": True} if method == "lora" and adapter.nets.keys() & text else {}
+    if (made_by := METHODS.get(parts.header.get("method", ""))) and not parts.rows:
+        given |= made_by.told_in(parts.header)
     try:
-        settings = JobSettings.model_validate(given | ({"n_tokens": count} if count else {}))
+        settings = JobSettings.model_validate(given)
     except ValueError as error:
         raise UserError(f"The weights have the trigger word {word!r:.60}, and one word is wanted.") from error
-    manifest = Manifest(
-        base_model=base_model,
-        base_hash="",
-        family=family.name,
-        method=method,
-        trigger_word=word,
-        tokens=tuple(f"<s{i}>" for i in range(count)),
-        settings=settings.model_dump(mode="json"),
-        dataset_hash="",
-        step=0,
-        created=datetime.now(UTC),
-        nets=adapter.nets,
-    )
-    artifact.write_manifest(folder, manifest)
-    if parts.weights:
-        artifact.save_tensors(folder / ADAPTER, adapter.tensors)
-    if parts.rows:
-        artifact.save_tensors(folder / EMBEDDINGS, parts.rows)
+    manifest = manifest_for(family, base_model, settings, adapter.nets)
+    Weights(manifest, adapter.tensors, parts.rows).write(folder)

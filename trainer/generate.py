@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,71 +16,87 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from preprocessing.errors import UserError
-from preprocessing.trigger import trigger_pattern
+from preprocessing.trigger import without_trigger
 from trainer import artifact, families, foreign, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.devices import drawing_dtype, pick_device
-from trainer.drawing import DrawSettings
-from trainer.families.base import DENOISER, IMAGE_TO_IMAGE, INPAINT, TEXT, TEXT_TO_IMAGE, VAE, Family
+from trainer.drawing import FOR_SOME, DrawSettings
+from trainer.families.base import IMAGE_TO_IMAGE, INPAINT, TEXT_TO_IMAGE, Drawable
 from trainer.methods.base import Method
 from trainer.samples import Conditioning
 
 DRAW_BATCH = 16
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An archive of weights, unpacked into `folder`."""
+
+    archive: Path
+    folder: Path
+    manifest: Manifest
+
+
 class Generator:
-    """A base model that archives of weights are put into and taken out of."""
+    """A base model that archives of weights are put into and taken out of.
 
-    def __init__(self, base_model: str, device: str | None = None):
-        self.base_model = base_model
+    `companion` is where the other half of a model in two lies; None: the usual one.
+    """
+
+    def __init__(self, base_model: str, device: str | None = None, companion: str | None = None):
+        self.base_model, self.companion = base_model, companion
         self.device = pick_device(device)
-        family_class = families.family_class(base_model)
-        dtype = drawing_dtype(self.device, family_class.drawing_dtype)
-        self.family: Family = family_class.load(base_model, frozenset({DENOISER, TEXT, VAE}), dtype).to(self.device)
+        dtype = drawing_dtype(self.device, families.family_class(base_model).drawing_dtype)
+        family, self.geometry = families.load_drawable(base_model, companion, dtype)
+        self.family: Drawable = family.to(self.device)
         self.recommended = families.recommended(base_model, "draw")
-        self.resolution = family_class.geometry(base_model).resolution
-        self.manifest: Manifest | None = None
-        self._method: Method | None = None
-        self.archive: Path | None = None  # where the weights in use came from
+        self.manifests: tuple[Manifest, ...] = ()
+        self._methods: list[Method] = []
+        self.archives: tuple[Path, ...] = ()  # where the weights in use came from
 
-    def use(self, archive: Path) -> None:
-        """Put weights in (see `trainer.foreign` for which there are), in place of any before.
+    def use(self, *archives: Path) -> None:
+        """Put weights in (see `trainer.foreign` for which there are), in place of any before; several are for several
+        nets.
 
         Raises UserError where they are none, or were made on another base model. After any error, and after a cancel,
         which may come anywhere and is no Exception, everything is as it was before.
         """
-        with foreign.opened(archive, self.family, self.base_model) as folder:
-            manifest = artifact.read_manifest(folder)
-            if manifest.family != self.family.name:
-                raise UserError(
-                    f"{archive} was trained on a {manifest.family} ({manifest.base_model}) and {self.base_model} is a "
-                    f"{self.family.name}: choose its own base_model."
-                )
-            method, before = methods.create(_settings_of(manifest)), self.archive
+        with ExitStack() as stack:
+            opened = [self._opened(archive, stack) for archive in archives]
+            _check_apart(opened)
+            before = self.archives
             try:
                 self.release()
-                self._put_in(method, folder, manifest)
-                self.archive = archive
+                self._put_in(opened)
             except BaseException:
                 self._put_back(before)
                 raise
 
-    def _put_in(self, method: Method, folder: Path, manifest: Manifest) -> None:
-        self._method = method  # first, so that `release` takes out what is only half in
-        method.load(folder, self.family)
-        self.manifest = manifest
+    def _opened(self, archive: Path, stack: ExitStack) -> Opened:
+        folder = stack.enter_context(foreign.opened(archive, self.family, self.base_model))
+        manifest = artifact.read_manifest(folder)
+        if manifest.family not in self.family.serves:
+            raise UserError(
+                f"{archive} was trained on a {manifest.family} ({manifest.base_model}) and {self.base_model} is a "
+                f"{self.family.name}: choose its own base_model."
+            )
+        return Opened(archive, folder, manifest)
 
-    def _put_back(self, archive: Path | None) -> None:
-        """Undo a change of weights that was stopped anywhere; without the file of the old ones, the base model."""
+    def _put_in(self, opened: list[Opened]) -> None:
+        for one in opened:
+            method = methods.create(settings_of(one.manifest))
+            self._methods.append(method)  # first, so that `release` takes out what is only half in
+            method.load(one.folder, self.family)
+        self.manifests = tuple(one.manifest for one in opened)
+        self.archives = tuple(one.archive for one in opened)
+
+    def _put_back(self, archives: tuple[Path, ...]) -> None:
+        """Undo a change of weights that was stopped anywhere; without the files of the old ones, the base model."""
         self.release()
-        if archive is None:
-            return
         try:
-            with foreign.opened(archive, self.family, self.base_model) as folder:
-                manifest = artifact.read_manifest(folder)
-                self._put_in(methods.create(_settings_of(manifest)), folder, manifest)
-                self.archive = archive
+            with ExitStack() as stack:
+                self._put_in([self._opened(archive, stack) for archive in archives])
         except BaseException as error:
             self.release()
             if not isinstance(error, UserError):  # that file has gone meanwhile; the error that led here is told
@@ -87,9 +104,9 @@ class Generator:
 
     def release(self) -> None:
         """Back to the base model, bit for bit. One that was stopped halfway is finished by the next."""
-        if self._method is not None:
-            self._method.detach(self.family)
-        self._method = self.manifest = self.archive = None
+        for method in reversed(self._methods):
+            method.detach(self.family)
+        self._methods, self.manifests, self.archives = [], (), ()
 
     def draw(self, settings: DrawSettings) -> list[Image.Image]:
         """`num_outputs` pictures of one prompt, with the seeds seed, seed + 1, ...; see `seed_of`."""
@@ -106,8 +123,8 @@ class Generator:
 
     @torch.no_grad()
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
-        if self._method is not None:
-            self._method.set_strength(self.family, settings.lora_scale)
+        for method in self._methods:
+            method.set_strength(self.family, settings.lora_scale)
         started = settings.image is not None
         task = TEXT_TO_IMAGE if not started else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
@@ -137,10 +154,14 @@ class Generator:
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": settings.num_inference_steps,
         }
+        for name in FOR_SOME:
+            if name in self.family.draw_options:
+                chosen[name] = getattr(settings, name)
+            elif getattr(settings, name) is not None:
+                raise UserError(f"{name} is nothing that {self.base_model} has: leave it out.")
         arguments = {k: self.recommended.get(k, PIPELINE_DEFAULTS[k]) if v is None else v for k, v in chosen.items()}
         arguments |= self.family.guidance_inputs(arguments.pop("guidance_scale"), settings.negative_prompt)
-        stride = self.family.geometry(self.base_model).stride
-        width, height = self._size(settings)
+        stride, (width, height) = self.geometry.stride, self._size(settings)
         for name, side in (("width", width), ("height", height)):
             if side % stride:
                 raise UserError(
@@ -156,30 +177,33 @@ class Generator:
         return arguments | pictures | size | {"strength": strength}
 
     def _size(self, settings: DrawSettings) -> tuple[int, int]:
-        return settings.width or self.resolution, settings.height or self.resolution
+        usual = self.geometry.resolution
+        return settings.width or usual, settings.height or usual
 
     @contextmanager
     def _conditioned(self, settings: DrawSettings) -> Iterator[None]:
         """Inside, the pipeline draws from the condition pictures."""
-        wanted = self._method is not None and self._method.draws_from_conditions
+        wanting = next((method for method in self._methods if method.draws_from_conditions), None)
         if not settings.condition:
-            if wanted:
+            if wanting:
                 raise UserError("condition is missing: these weights draw from condition pictures, give them.")
             yield
             return
-        if not wanted:
+        if wanting is None:
             raise UserError("condition: the weights in use draw from no condition picture; leave it out.")
         size = self._size(settings)
         pictures = [_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition]
         hole = None
         if settings.mask is not None:
             hole = np.asarray(_fitted(_open(settings.mask, "mask").convert("L"), size)) >= 128
-        given = self._method.drawing_conditioning(self.family, pictures, settings.condition_ready, hole)
+        given = wanting.drawing_conditioning(self.family, pictures, settings.condition_ready, hole)
         with self.family.conditioned(given, settings.condition_strength):
             yield
 
     def _words(self, prompts: list[str]) -> list[str]:
-        return self._method.words(prompts) if self._method is not None else prompts
+        for method in self._methods:
+            prompts = method.words(prompts)
+        return prompts
 
     def _conditioning(self, prompts: list[str], settings: DrawSettings) -> Conditioning:
         """Encoded prompts, moved between the class word's and the tokens' meaning by `token_scale`."""
@@ -188,11 +212,16 @@ class Generator:
         scale = settings.token_scale
         if scale is None:
             scale = 0.5 + 0.5 * max(settings.lora_scale, 0.0) ** 0.4
-        if scale == 1 or words == prompts or self.manifest is None:
+        if scale == 1 or words == prompts:
             return encoded
-        pattern, class_word = trigger_pattern(self.manifest.trigger_word), self.manifest.class_word
-        plain = self.family.encode_text([" ".join(pattern.sub(lambda _: class_word, p).split()) for p in prompts])
+        plain = self.family.encode_text([self._without_tokens(prompt) for prompt in prompts])
         return {name: torch.lerp(plain[name], value, scale) for name, value in encoded.items()}
+
+    def _without_tokens(self, prompt: str) -> str:
+        """The prompt with the class word in place of each trigger that stands for tokens."""
+        for manifest in (one for one in self.manifests if one.tokens):
+            prompt = without_trigger(prompt, manifest.trigger_word, manifest.class_word)
+        return prompt
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:
         if settings.negative_prompt:
@@ -202,10 +231,25 @@ class Generator:
         return {name: value.expand(count, *value.shape[1:]) for name, value in encoded.items()}
 
 
-PIPELINE_DEFAULTS = {"guidance_scale": 7.0, "num_inference_steps": 30}
+PIPELINE_DEFAULTS = {
+    "guidance_scale": 7.0,
+    "num_inference_steps": 30,
+    "prior_guidance_scale": 4.0,
+    "prior_num_inference_steps": 25,
+}
 
 
-def _settings_of(manifest: Manifest) -> JobSettings:
+def _check_apart(opened: list[Opened]) -> None:
+    """Raise UserError where two archives would change the same net."""
+    taken: dict[str, Path] = {}
+    for one in opened if len(opened) > 1 else ():
+        for net in artifact.nets_of(one.folder):
+            if net in taken:
+                raise UserError(f"{taken[net]} and {one.archive} both hold weights of the {net}: give one of them.")
+            taken[net] = one.archive
+
+
+def settings_of(manifest: Manifest) -> JobSettings:
     try:
         return JobSettings.model_validate(manifest.settings)
     except ValidationError as error:
@@ -222,7 +266,7 @@ def seed_of(settings: DrawSettings) -> int:
     return secrets.randbelow(2**32) if settings.seed is None else settings.seed
 
 
-def _scheduler(name: str, config: dict[str, Any], family: Family) -> Any:
+def _scheduler(name: str, config: dict[str, Any], family: Drawable) -> Any:
     import diffusers
 
     if name not in family.schedulers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tarfile
 import tempfile
@@ -17,10 +18,37 @@ if TYPE_CHECKING:
 
 # owner/name, or owner/name/path/of/a/file.safetensors
 ID = re.compile(r"[\w.-]+/[\w.-]+(?:/[\w./ -]+)?")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+TIMEOUT = 20  # seconds that the Hub may take to answer a question
 ARCHIVE = "trained_model.tar"
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what diffusers and peft write
-BESIDE = ("embeddings.pti", "special_params.json", "adapter_config.json")
+BESIDE = ("embeddings.safetensors", "embeddings.pti", "special_params.json", "adapter_config.json")
 CHUNK = 2**20
+
+
+def is_repository(source: str) -> bool:
+    """Whether it could be a repository's name, and nothing of that name lies here."""
+    return REPOSITORY.fullmatch(source) is not None and not Path(source).exists()
+
+
+@functools.cache  # asked with the weights of every step that is kept
+def license_of(source: str) -> str:
+    """The license that a base model's own card names: a folder's README.md, or a repository's; "" where none does."""
+    import yaml
+    from huggingface_hub import HfApi
+
+    card, found = Path(source) / "README.md", {}
+    try:
+        if card.is_file():
+            header = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+            found = (yaml.safe_load(header[1]) or {}) if header else {}
+        elif is_repository(source):
+            with _reached(source):
+                found = HfApi().model_info(source, timeout=TIMEOUT).card_data or {}
+    except (UserError, ValueError, yaml.YAMLError):  # no network, or a damaged card: then it is not known
+        return ""
+    name = found.get("license") or ""
+    return str(found.get("license_name") or name) if name == "other" else str(name)
 
 
 def commit_of(source: str) -> str:
@@ -67,7 +95,7 @@ def wanted(source: str, names: list[str]) -> list[str]:
     chosen = [name for name in USUAL if name in weights][:1] or weights
     if not chosen:
         raise UserError(f"{repository} on the Hub holds no .safetensors file of weights; pickles are never read.")
-    return [*chosen, *(name for name in BESIDE if name in top)]
+    return list(dict.fromkeys([*chosen, *(name for name in BESIDE if name in top)]))
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -80,7 +108,7 @@ def _info(source: str, commit: str | None = None) -> ModelInfo:
     from huggingface_hub import HfApi
 
     with _reached(source):
-        return HfApi().model_info(_split(source)[0], revision=commit)
+        return HfApi().model_info(_split(source)[0], revision=commit, timeout=TIMEOUT)
 
 
 @contextmanager

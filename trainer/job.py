@@ -3,16 +3,17 @@
 prepared/            the PreparedDataset            metrics.jsonl   a row per step
 checkpoints/         what a stopped run goes on from samples/*.png   drawn from the saved archive
 trained_model.tar    the archive of weights         report.html     the job in one page
+README.md            the model card
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,22 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from preprocessing.errors import UserError
-from preprocessing.findings import Findings, examine
+from preprocessing.findings import Findings
 from preprocessing.preflight import write_preflight
 from preprocessing.prepare import merge, prepare
 from preprocessing.prepared import PreparedDataset
 from preprocessing.sources import is_dataset
-from preprocessing.trigger import trigger_pattern
-from trainer import artifact, cache, delivery, families, methods, preflight
-from trainer.checkpoint import Checkpoints, fingerprint
+from trainer import artifact, delivery, families, methods, preflight, publish, start
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
-from trainer.families.base import DENOISER, TEXT, VAE, Family
-from trainer.loop import Loop, Plan
-from trainer.methods.base import Method
-from trainer.preview import draw_previews
-from trainer.step import BatchMaker, TrainStep
+from trainer.evaluation.summary import Summary
+from trainer.families.base import DENOISER, TEXT, VAE
+from trainer.fitting import Fitted, Loaded, fit, planned, summarised
+from trainer.loop import Loop
+from trainer.preview import draw_gallery
+from trainer.stages import OnStep, Progress, Stages
 
 ARCHIVE = "trained_model.tar"
-Progress = Callable[[str, int, int], None]
-OnStep = Callable[[dict[str, float], int], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ class JobResult:
     output_dir: Path
     samples: tuple[Path, ...]
     stage_seconds: dict[str, float]
+    summary: Summary
+    pushed: publish.Pushed | None = None  # how a push to the Hub ended; the archive is whole either way
 
 
 @dataclass(frozen=True)
@@ -60,42 +60,6 @@ class DryRun:
 
     report: Path
     findings: Findings
-
-
-@dataclass
-class Stages:
-    """Times the stages of a job."""
-
-    progress: Progress
-    on_step: OnStep
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress(name, 0, 1)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 3)
-
-    def on_step_of(self, steps: int) -> Callable[[dict[str, float]], None]:
-        """What the loop calls with each row of a run of `steps` steps."""
-
-        def told(row: dict[str, float]) -> None:
-            self.progress("train", row["step"], steps)
-            self.on_step(row, steps)
-
-        return told
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What training needs: the data set, and the family and method, neither attached to the other yet."""
-
-    accelerator: Accelerator
-    dataset: PreparedDataset
-    family: Family
-    method: Method
-    stages: Stages
 
 
 def train(settings: JobSettings, progress: Progress | None = None, on_step: OnStep | None = None) -> JobResult | None:
@@ -110,12 +74,10 @@ def train(settings: JobSettings, progress: Progress | None = None, on_step: OnSt
     settings = fill(settings)
     stages = Stages(progress or (lambda stage, done, total: None), on_step or (lambda row, total: None))
     with loaded(settings, stages) as parts:
-        dataset, weights = parts.dataset, fit(parts, settings)
-    del parts
-    if weights is None:
-        return None
-    with weights:
-        return finish(Path(weights.name), dataset, stages, settings)
+        settings, dataset = parts.settings, parts.dataset
+        fitted = fit(parts, settings)
+    del parts  # the model leaves memory before it is loaded anew to draw
+    return None if fitted is None else finish(fitted, dataset, stages, settings)
 
 
 def dry_run(settings: JobSettings) -> DryRun | None:
@@ -126,12 +88,13 @@ def dry_run(settings: JobSettings) -> DryRun | None:
     settings = fill(settings)
     stages = Stages(lambda stage, done, total: None, lambda row, total: None)
     with loaded(settings.model_copy(update={"report_to": "none"}), stages) as parts:
+        settings = parts.settings
         largest = preflight.of_largest_size(parts.dataset, settings)
         with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
             few = preflight.few_steps(settings, Path(scratch))
             watch = preflight.Watch(parts.accelerator.device)
             stages.on_step = watch.on_step
-            plan, findings = planned(replace(parts, dataset=largest), few, parts.dataset)
+            plan, _, findings = planned(replace(parts, dataset=largest), few, parts.dataset)
             with training_attention(parts.accelerator.device):
                 Loop(parts.accelerator, plan).run(few.output_dir)
         if not parts.accelerator.is_main_process:
@@ -150,17 +113,22 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
-        method = methods.create(settings)
+        settings = counted(settings, dataset, accelerator.num_processes)
         with stages.stage("load"):
-            dtype = torch.float32 if method.trains_base_weights else DTYPES[accelerator.mixed_precision]
-            family = families.family_class(settings.base_model).load(
-                settings.base_model, frozenset({DENOISER, TEXT, VAE}), dtype
-            )
+            whole = methods.METHODS[settings.method].trains_base_weights
+            dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
+            parts = frozenset({DENOISER, TEXT, VAE})
+            family = families.load(settings.base_model, parts, dtype, settings.companion_model)
             family.to(accelerator.device)
-        try:
-            yield Loaded(accelerator, dataset, family, method, stages)
-        finally:
-            method.detach(family)
+        with start.opened(settings, family) as begun:
+            settings = settings if begun is None else start.agreed(settings, begun, family)
+            method = methods.create(settings)
+            if begun is not None:
+                method.begin_from(begun.folder)
+            try:
+                yield Loaded(accelerator, dataset, family, method, stages, settings, begun.told if begun else {})
+            finally:
+                method.detach(family)
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=False)  # the next job may choose another precision
@@ -170,13 +138,33 @@ def fill(settings: JobSettings) -> JobSettings:
     """Settings with every open choice made by what suits the base model and the method."""
     if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
+    publish.check(settings)
     source = settings.base_model
     suits = families.recommended(source, settings.method)
-    suits = {"resolution": families.family_class(source).geometry(source).resolution} | suits
+    if settings.init_adapter is not None:
+        start.check(settings.init_adapter)
+        suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
+    family = families.family_class(source)
+    family.check(settings)
+    suits = {
+        "resolution": family.geometry(source).resolution,
+        "companion_model": family.usual_companion(source),
+    } | suits
+    if settings.num_train_epochs is not None:
+        suits.pop("max_train_steps", None)
     settings = settings.filled(suits)
     if settings.captioner == "auto":
         settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
     return settings
+
+
+def counted(settings: JobSettings, dataset: PreparedDataset, processes: int) -> JobSettings:
+    """Settings with the steps that num_train_epochs come to."""
+    if settings.num_train_epochs is None:
+        return settings
+    pictures = settings.num_train_epochs * sum(item.repeats for item in dataset.items)
+    step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    return settings.model_copy(update={"num_train_epochs": None, "max_train_steps": math.ceil(pictures / step)})
 
 
 def make_accelerator(settings: JobSettings) -> Accelerator:
@@ -225,80 +213,26 @@ def prepared(settings: JobSettings, accelerator: Accelerator, progress: Progress
     return PreparedDataset.load(folder)
 
 
-def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDataset) -> tuple[str, ...]:
-    """The prompts on which the base model's predictions are to be kept; none where the method cannot change them."""
-    if not settings.preservation_weight or not method.changes_weights:
-        return ()
-    if settings.preservation_prompts:
-        return settings.preservation_prompts
-    pattern = trigger_pattern(settings.trigger_word)
-    plain = (" ".join(pattern.sub(lambda _: settings.class_word, item.caption).split()) for item in dataset.items)
-    return tuple(dict.fromkeys(caption for caption in plain if caption))
-
-
-def planned(parts: Loaded, settings: JobSettings, whole: PreparedDataset) -> tuple[Plan, Findings]:
-    """Encode the data set, attach the method, and say what the loop is to run, and what was found in the `whole` data
-    set, of which the one to encode is a part. The pre-flight report is written beside it.
-    """
-    family, method, dataset, accelerator = parts.family, parts.method, parts.dataset, parts.accelerator
-    preserved = preserved_prompts(settings, method, dataset)
-    with parts.stages.stage("cache"):
-        # before the method attaches: what is cached of the text is the base model's
-        captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
-        cached = cache.build(family, dataset, [*captions, *preserved], parts.stages.progress, method)
-        if not method.needs_vae:
-            family.free(VAE)
-        groups = method.attach(family)
-    findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
-    if accelerator.is_main_process:
-        write_preflight(whole, findings)
-    if not method.needs_text_grad:
-        family.free(TEXT)
-    if settings.base_precision == "fp8":
-        family.store_in_fp8()
-    if settings.gradient_checkpointing:
-        family.enable_gradient_checkpointing()
-    identity = fingerprint(settings, dataset.dataset_hash) | {
-        "base_hash": families.fingerprint(settings.base_model),
-        "processes": accelerator.num_processes,
-    }
-    plan = Plan(
-        module=TrainStep(family, method, cached, settings),
-        batches=BatchMaker(cached, settings, accelerator.device, preserved),
-        groups=groups,
-        method=method,
-        settings=settings,
-        checkpoints=Checkpoints(settings.output_dir / "checkpoints", identity, settings.checkpoints_total_limit),
-        on_step=parts.stages.on_step_of(settings.max_train_steps),
-    )
-    return plan, findings
-
-
-def fit(parts: Loaded, settings: JobSettings) -> tempfile.TemporaryDirectory | None:
-    """Encode, train and save the weights into a temporary folder (first process only)."""
-    accelerator, stages = parts.accelerator, parts.stages
-    plan, _ = planned(parts, settings, parts.dataset)
-    if accelerator.is_main_process and not settings.resume:
-        # of an earlier job: never mixed with this one's
-        shutil.rmtree(plan.checkpoints.folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with stages.stage("train"), training_attention(accelerator.device):
-        step = Loop(accelerator, plan).run(settings.output_dir)
-    if not accelerator.is_main_process:
-        return None
-    with stages.stage("save"):
-        weights = tempfile.TemporaryDirectory(prefix="weights-")
-        delivery.save_weights(Path(weights.name), parts.family, parts.method, parts.dataset, (settings, step))
-    return weights
-
-
-def finish(folder: Path, dataset: PreparedDataset, stages: Stages, settings: JobSettings) -> JobResult:
-    """Pack the weights, draw previews from the packed archive, write the report, and pack again with both."""
+def finish(fitted: Fitted, dataset: PreparedDataset, stages: Stages, settings: JobSettings) -> JobResult:
+    """Pack the chosen weights, draw from the packed archive, judge and report, and pack again with all of it."""
     archive = settings.output_dir / ARCHIVE
-    artifact.write(folder, archive)
-    with stages.stage("preview"):
-        previews = draw_previews(archive, settings, stages.progress)
-    report = delivery.add_report(folder, dataset, settings, previews, stages.seconds)
-    artifact.write(folder, archive)
-    samples = tuple(preview.adapted for preview in previews)
-    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds))
+    with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
+        folder = Path(scratch) / "archive"
+        shutil.copytree(fitted.weights, folder)
+        delivery.add_papers(folder, dataset, settings)
+        artifact.write(folder, archive)
+        if settings.save_diffusers:
+            with stages.stage("diffusers"):
+                delivery.save_diffusers(folder, settings.output_dir)
+        with stages.stage("preview"):
+            gallery = draw_gallery(archive, dataset, settings, stages.progress)
+        summary = summarised(fitted, dataset, gallery, stages.seconds)
+        report = delivery.add_report(folder, dataset, settings, (summary, gallery), stages.seconds)
+        delivery.add_card(folder, settings, gallery.previews)
+        artifact.write(folder, archive)
+        pushed = None
+        if settings.push_to_hub is not None:
+            with stages.stage("push"):
+                pushed = publish.push(folder, archive, gallery.previews, settings)
+    samples = tuple(preview.adapted for preview in gallery.previews)
+    return JobResult(archive, report, settings.output_dir, samples, dict(stages.seconds), summary, pushed)

@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.artifact import Manifest, save_tensors
+from trainer import artifact
+from trainer.artifact import HASH_TO_COME, Manifest, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +27,31 @@ LoraConfigs = dict[str, dict[str, Any]]  # net -> LoraConfig as plain values, as
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 # SDXL's added conditioning has only its name in the original UNet: the spelling of diffusers cannot be read back.
 RESPELLED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-# Width of the text that cross-attention reads -> how kohya and modelspec call the base model.
+# Width of the text that cross-attention reads -> how kohya and ModelSpec call the base model.
 BASES = {
     768: ("sd_v1", "stable-diffusion-v1"),
     1024: ("sd_v2", "stable-diffusion-v2"),
     2048: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+
+# kohya's field of the header -> our setting of the same meaning
+TRAINED_WITH = {
+    "ss_seed": "seed",
+    "ss_optimizer": "optimizer",
+    "ss_learning_rate": "learning_rate",
+    "ss_unet_lr": "learning_rate",
+    "ss_text_encoder_lr": "text_encoder_lr",
+    "ss_lr_scheduler": "lr_schedule",
+    "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_max_train_steps": "max_train_steps",
+    "ss_total_batch_size": "train_batch_size",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing",
+    "ss_max_grad_norm": "max_grad_norm",
+    "ss_mixed_precision": "mixed_precision",
+    "ss_noise_offset": "noise_offset",
+    "ss_min_snr_gamma": "snr_gamma",
+    "ss_caption_dropout_rate": "caption_dropout",
 }
 
 
@@ -60,37 +81,86 @@ def to_kohya(state: dict[str, torch.Tensor], nets: LoraConfigs, two_text_encoder
     return converted
 
 
-def header(state: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
-    """What kohya's tools and model managers read from the file's header: trigger, base, rank and alpha.
+def header(state: dict[str, torch.Tensor], manifest: Manifest, prediction_type: str | None = None) -> dict[str, str]:
+    """What kohya's tools and model managers read from the file's header: trigger, base, rank, alpha, training.
 
-    The base is named where the width of the cross-attention tells it, and left out for others (the toybox's).
+    ModelSpec's fields (https://github.com/Stability-AI/ModelSpec) and kohya's ss_*. The base is named where the width
+    of the cross-attention tells it, and left out for others (the toybox's). `prediction_type`: diffusers' name.
     """
-    described = {
-        "ss_network_module": "networks.lora",
-        "ss_output_name": manifest.trigger_word,
-        "ss_steps": str(manifest.step),
-        "ss_tag_frequency": json.dumps({manifest.method: {manifest.trigger_word: 1}}),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": manifest.trigger_word,
-        "modelspec.trigger_phrase": manifest.trigger_word,
-        "modelspec.implementation": "diffusers",
-        "modelspec.date": manifest.created.isoformat(),
-        "base_model": manifest.base_model,
-    }
-    config = manifest.nets.get("unet") or next(iter(manifest.nets.values()))
+    described = modelspec(manifest, prediction_type) | _training(manifest)
+    config = artifact.main_config(manifest.nets)
     rank, alpha = str(config["r"]), str(config["lora_alpha"])
-    described |= {"ss_network_dim": rank, "ss_network_alpha": alpha}
+    described |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
     if any(tensor.dim() == 4 for tensor in state.values()):
         described["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
     widths = {tensor.shape[1] for key, tensor in state.items() if key.endswith("attn2.to_k.lora_A.weight")}
-    if len(widths) == 1 and (base := BASES.get(widths.pop())):
-        described |= {"ss_base_model_version": base[0], "modelspec.architecture": f"{base[1]}/lora"}
+    if len(widths) == 1:
+        described |= architecture(widths.pop(), "lora", prediction_type)
     return described
 
 
-def save(path: Path, state: dict[str, torch.Tensor], manifest: Manifest, two_text_encoders: bool) -> None:
+def architecture(width: int, kind: str, prediction_type: str | None = None) -> dict[str, str]:
+    """Header fields that name the base model of weights of a kind ("lora", "textual-inversion") by the width of the
+    text that its cross-attention reads; none for widths of no published Stable Diffusion."""
+    if width not in BASES:
+        return {}
+    version, name = BASES[width]
+    if version == "sd_v2":
+        name += "-768-v" if prediction_type == "v_prediction" else "-512"
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": str(version == "sd_v2"),
+        "modelspec.architecture": f"{name}/{kind}",
+    }
+
+
+def modelspec(manifest: Manifest, prediction_type: str | None = None) -> dict[str, str]:
+    """ModelSpec 1.0.0's fields that are the same for every file of one training; the hash is filled in on writing."""
+    described = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": manifest.trigger_word,
+        "modelspec.trigger_phrase": manifest.trigger_word,
+        "modelspec.usage_hint": f"Trigger word: {manifest.trigger_word}",
+        "modelspec.date": manifest.created.isoformat(),
+        "modelspec.hash_sha256": HASH_TO_COME,
+        "sshs_model_hash": HASH_TO_COME,
+        "base_model": manifest.base_model,
+        "trigger_word": manifest.trigger_word,
+    }
+    if manifest.base_license:
+        described["modelspec.license"] = manifest.base_license
+    if resolution := manifest.settings.get("resolution"):
+        described["modelspec.resolution"] = f"{resolution}x{resolution}"
+    if prediction_type in ("epsilon", "v_prediction"):
+        described["modelspec.prediction_type"] = prediction_type.partition("_")[0]
+    return described
+
+
+def _training(manifest: Manifest) -> dict[str, str]:
+    """kohya's fields about the training: those of its own that our settings have, and the trigger as the one tag."""
+    described = {key: manifest.settings.get(name) for key, name in TRAINED_WITH.items()}
+    if resolution := manifest.settings.get("resolution"):
+        described["ss_resolution"] = (resolution, resolution)
+    return {key: str(value) for key, value in described.items() if value is not None} | {
+        "ss_output_name": manifest.trigger_word,
+        "ss_sd_model_name": manifest.base_model,
+        "ss_steps": str(manifest.step),
+        "ss_training_comment": f"method {manifest.method}",
+        "ss_tag_frequency": json.dumps({manifest.method: {manifest.trigger_word: 1}}),
+    }
+
+
+def save(
+    path: Path,
+    state: dict[str, torch.Tensor],
+    manifest: Manifest,
+    two_text_encoders: bool,
+    prediction_type: str | None = None,
+) -> None:
     """Write `state` (keys as in adapter.safetensors) to a .safetensors file in kohya's keys, whole."""
-    save_tensors(path, to_kohya(state, manifest.nets, two_text_encoders), header(state, manifest))
+    described = header(state, manifest, prediction_type)
+    save_tensors(path, to_kohya(state, manifest.nets, two_text_encoders), described)
 
 
 def _split(key: str) -> tuple[str, str, str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -29,6 +30,23 @@ MAX_BAD_STEPS = 3
 MAX_SCALER_OVERFLOWS = 20
 
 
+class Judge(Protocol):
+    """Who looks at the weights in the middle of a run; asked on the first process only."""
+
+    @property
+    def steps(self) -> Collection[int]:
+        """The steps after which it wants to."""
+
+    def begin(self, step: int) -> None:
+        """The run begins, or goes on, after `step` steps."""
+
+    def __call__(self, step: int) -> None:
+        """The live weights are those after `step` steps."""
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the run is to end here."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the loop runs: the module that returns a loss, where its batches come from, what it moves."""
@@ -39,7 +57,10 @@ class Plan:
     method: Method
     settings: JobSettings
     checkpoints: Checkpoints
+    judge: Judge | None = None
     on_step: Callable[[dict[str, float]], None] = lambda row: None
+    beside: Callable[[Path], None] | None = None  # writes more into a checkpoint, of the weights to be delivered
+    name: str = ""  # of a run that is not the job's own: trackers hear nothing of it
 
 
 class Loop:
@@ -60,25 +81,55 @@ class Loop:
             self._resume()
 
     def run(self, folder: Path) -> int:
-        """Train to max_train_steps; returns the last step. Writes metrics and checkpoints."""
+        """Train to max_train_steps, or until the judge ends it; returns the last step. Writes metrics, checkpoints."""
         settings = self.settings
         self.module.train()
         cache = self.plan.batches.cache
         steps = sampler.steps(cache.buckets(), self.pictures_per_step, settings.seed, cache.repeats)
-        metrics = Metrics(folder / METRICS_FILE, self.accelerator, settings.max_train_steps, self.step)
+        span = (self.step, settings.max_train_steps)
+        metrics = Metrics(folder / METRICS_FILE, self.accelerator, span, self.plan.name)
         every = settings.checkpoint_every or max(1, math.ceil(settings.max_train_steps / 4))
         try:
+            judge = self.plan.judge
+            stopped = judge is not None and self._judged(judge.begin)
             for indices in itertools.islice(steps, self.step, settings.max_train_steps):
+                if stopped:
+                    break
                 values = self._optimise(indices)
                 self.step += 1
                 self.plan.on_step(metrics.step(self.step, self.pictures_per_step, values))
-                if self.step % every == 0 or self.step == settings.max_train_steps:
+                stopped = judge is not None and self.step in judge.steps and self._judged(judge)
+                if stopped or self.step % every == 0 or self.step == settings.max_train_steps:
                     self.save()
         finally:
             metrics.close()
         if self.average is not None:
             self.average.copy_to(self.parameters)
         return self.step
+
+    def _judged(self, ask: Callable[[int], None]) -> bool:
+        """Show the judge the weights as they would be delivered; whether the run is to end, on all processes alike."""
+        stop = [False]
+        if self.accelerator.is_main_process:
+            self.plan.module.eval()
+            with self._averaged(), self.accelerator.autocast():
+                ask(self.step)
+            self.plan.module.train()
+            stop = [self.plan.judge.should_stop(self.step)]
+        return broadcast_object_list(stop)[0]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their average, where one is kept and there was a step to average."""
+        if self.average is None or not self.step:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
 
     def _optimise(self, indices: list[int]) -> dict[str, float]:
         """One optimiser step over all its batches, on all processes; a step that is not finite is not applied."""
@@ -154,7 +205,8 @@ class Loop:
         }
         path = self.plan.checkpoints.folder
         if self.accelerator.is_main_process:
-            path = self.plan.checkpoints.save(self.step, state)
+            with self._averaged() if self.plan.beside else nullcontext():
+                path = self.plan.checkpoints.save(self.step, state, self.plan.beside)
         self.accelerator.wait_for_everyone()
         return path
 

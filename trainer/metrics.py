@@ -28,10 +28,14 @@ def _as_json(row: dict[str, Any]) -> str:
 
 
 class Metrics:
-    """Reports every optimiser step. `active` is false on all processes but the first."""
+    """Reports every optimiser step from `span[0]` to `span[1]`, on the first process only.
 
-    def __init__(self, path: Path, accelerator: Any, steps: int, first_step: int):
-        self._accelerator = accelerator
+    The trackers hear only of the run without a name, which is the job's own.
+    """
+
+    def __init__(self, path: Path, accelerator: Any, span: tuple[int, int], name: str = ""):
+        first_step, steps = span
+        self._accelerator, self._tracked = accelerator, not name
         self._active = accelerator.is_main_process
         self._started, self._first, self._steps = time.monotonic(), first_step, steps
         self._file = None
@@ -40,7 +44,12 @@ class Metrics:
             path.write_text("".join(_as_json(row) + "\n" for row in kept), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=steps, initial=first_step, desc="train", disable=not self._active, mininterval=1.0, dynamic_ncols=True
+            total=steps,
+            initial=first_step,
+            desc=name or "train",
+            disable=not self._active,
+            mininterval=1.0,
+            dynamic_ncols=True,
         )
 
     def step(self, step: int, pictures: int, values: dict[str, float]) -> dict[str, float]:
@@ -60,7 +69,8 @@ class Metrics:
             speed = {"img/s": f"{row['images_per_second']:.1f}"}
             self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | rates | speed, refresh=False)
             self._bar.update()
-        self._accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        if self._tracked:
+            self._accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         return row
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ import torch
 from preprocessing.findings import Estimate, Read, Reader
 from preprocessing.prepared import PreparedDataset
 from trainer.config import JobSettings
+from trainer.evaluation.points import SHARE as JUDGING
+from trainer.evaluation.split import split
 from trainer.families.base import Family, TextTower
 from trainer.methods.base import Method
 
@@ -21,8 +23,13 @@ STEPS, WARM_UP = 6, 3  # of these the first are not counted: allocations, kernel
 MIB = 2**20
 
 
-def reader_of(family: Family, method: Method, trigger: str) -> Reader:
-    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens."""
+def reader_of(family: Family, method: Method, trigger: str) -> Reader | None:
+    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens.
+
+    None for a family that reads none.
+    """
+    if not family.text:
+        return None
 
     def read(caption: str) -> Read:
         words, wanted = method.words([caption, trigger])
@@ -56,6 +63,7 @@ def of_largest_size(dataset: PreparedDataset, settings: JobSettings) -> Prepared
 def few_steps(settings: JobSettings, scratch: Path) -> JobSettings:
     """The settings of the measured steps, which leave nothing in output_dir."""
     changes: dict[str, Any] = {"max_train_steps": STEPS, "output_dir": scratch, "resume": False}
+    changes["save_diffusers"] = False
     return settings.model_copy(update=changes)
 
 
@@ -81,16 +89,19 @@ class Watch:
         whole, part = datasets
         gaps = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
         step = median(gaps[WARM_UP - 1 :])
+        runs = 1 + len(split(whole, settings).folds)
+        training = runs * step * settings.max_train_steps * (1 + JUDGING)
         encoding = seconds["cache"] * len(whole.items) / len(part.items)
         # Linux counts ru_maxrss in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return Estimate(
             steps=settings.max_train_steps,
+            runs=runs,
             measured_steps=len(gaps) - WARM_UP + 1,
             bucket=part.items[0].size,
             seconds_per_step=step,
             peak_memory_mib=(torch.cuda.max_memory_allocated() if self._cuda else own) / MIB,
             memory_of="accelerator" if self._cuda else "process",
-            seconds_total=seconds["prepare"] + seconds["load"] + encoding + step * settings.max_train_steps,
+            seconds_total=seconds["prepare"] + seconds["load"] + encoding + training,
         )

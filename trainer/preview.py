@@ -1,20 +1,20 @@
-"""Pictures drawn from the saved archive, by the code that predict uses: the base model's beside the adapted one's."""
+"""Pictures drawn from the saved archive, by the code that predict uses: the base model's beside the adapted ones."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from PIL import Image
 
 from preprocessing.prepared import PreparedDataset
 from preprocessing.settings import Mode
-from trainer import families
-from trainer.condition_tasks import Task, task
+from trainer import families, methods
 from trainer.config import JobSettings
-from trainer.drawing import DrawSettings
-from trainer.generate import Generator
-from trainer.methods import METHODS
+from trainer.evaluation.exhibit import Exhibit, Seen, look, refuse_blank
+from trainer.evaluation.gallery import Wish, drawn
+from trainer.evaluation.split import split
+from trainer.generate import PIPELINE_DEFAULTS
 from trainer.report import Preview
 
 DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
@@ -50,44 +50,84 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
-def _drawn_from(settings: JobSettings, prompt: str, folder: Path) -> DrawSettings:
-    """How the adapted model draws: by the prompt or, where the method says so, from the first prepared picture too."""
-    if not METHODS[settings.method].draws_from_conditions:
-        return DrawSettings(prompt=prompt)
-    dataset = PreparedDataset.load(settings.output_dir / "prepared")
-    item, tasks = dataset.items[0], [task(name) for name in settings.condition_tasks]
-    uploaded = [dataset.folder / path for path in item.conditions]
-    pictures = tuple(
-        uploaded[i] if one.paired and i < len(uploaded) else dataset.folder / item.image for i, one in enumerate(tasks)
-    )
-    mask = None
-    if any(type(one).hole is not Task.hole for one in tasks):
-        mask = folder / "mask.png"
-        right = Image.new("L", item.size, 0)
-        right.paste(255, (item.size[0] // 2, 0, *item.size))
-        right.save(mask)
-    width, height = item.size
-    return DrawSettings(prompt=prompt, condition=pictures, mask=mask, width=width, height=height)
+FROM_CONDITIONS = (
+    "Near copies and variety are not told: the pictures are drawn from a condition made of one of the data set, which "
+    "they are meant to resemble. Strengths are those of the condition, and the base model draws without it."
+)
 
 
-def draw_previews(archive: Path, settings: JobSettings, progress: Callable[[str, int, int], None]) -> list[Preview]:
-    """Draw every prompt with every preview seed, without and with the archive, into output_dir/samples."""
+@dataclass(frozen=True)
+class Gallery:
+    """What a finished job drew. `grid` has, by seed and prompt, the base model's picture and one for each strength."""
+
+    previews: list[Preview]
+    strengths: tuple[float, ...]
+    grid: dict[int, dict[str, list[Path]]]
+    nearest: list[tuple[Path, int, float]]  # sample, index of the nearest picture in the data set, distance
+    seen: Seen
+    extra_share: float  # of the pictures, those beyond the previews
+    remarks: tuple[str, ...] = ()  # on what could not be drawn
+
+
+def draw_gallery(
+    archive: Path, dataset: PreparedDataset, settings: JobSettings, progress: Callable[[str, int, int], None]
+) -> Gallery:
+    """Draw previews, grid and more from the archive into output_dir/samples, and look at them; nothing, where the other
+    half of the base model is missing.
+
+    Raises UserError where the weights draw nothing.
+    """
     folder = settings.output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    jobs = [(prompt, seed) for prompt in prompts_of(settings) for seed in settings.preview_seeds]
-    prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
-    generator = Generator(settings.base_model)
-    drawn = {"base": generator.draw_prompts(prompts, seeds, DrawSettings(prompt=prompts[0]))}
-    progress("preview", 1, 2)
-    generator.use(archive)
-    drawn["adapted"] = generator.draw_prompts(prompts, seeds, _drawn_from(settings, prompts[0], folder))
-    progress("preview", 2, 2)
+    own = families.recommended(settings.base_model, "draw")
+    steps = own.get("num_inference_steps", PIPELINE_DEFAULTS["num_inference_steps"])
+    method = methods.create(settings)
+    shown = next(iter(split(dataset, settings).held_out), 0)  # at best what no step has seen
+    prompts = prompts_of(settings)
+    if method.draws_from_conditions and settings.preview_prompts is None:
+        prompts = [dataset.items[shown].caption]
+    exhibit = Exhibit.of(prompts, settings, steps, method.has_strength)
+    wishes = list(dict.fromkeys(exhibit.wishes()))
+    try:
+        pictures = drawn(
+            settings,
+            archive,
+            wishes,
+            lambda done, of: progress("preview", done, of),
+            lambda strength: method.drawing_settings(dataset, shown, folder, strength),
+        )
+    except families.NoCompanion as error:  # the weights are finished all the same
+        remark = f"No pictures were drawn: {error}"
+        print(f"warning: {remark}", file=sys.stderr)
+        return Gallery([], (), {}, [], Seen((), None, None), 0.0, (remark,))
+    paths = {wish: folder / f"{i:02d}_{_kind(wish)}.png" for i, wish in enumerate(wishes)}
     previews = []
-    for i, (prompt, seed) in enumerate(jobs):
-        paths = {name: folder / f"{i:02d}_{name}.png" for name in drawn}
-        for name, path in paths.items():
-            drawn[name][i].save(path)
-        previews.append(Preview(prompt, seed, paths["base"], paths["adapted"]))
-    return previews
+    for i, wish in enumerate(exhibit.previews):
+        base = replace(wish, strength=None)
+        paths |= {base: folder / f"{i:02d}_base.png", wish: folder / f"{i:02d}_adapted.png"}
+        previews.append(Preview(wish.prompt, wish.seed, paths[base], paths[wish]))
+    for wish, picture in pictures.items():
+        picture.save(paths[wish])
+    refuse_blank(pictures, [wish for wish in wishes if wish.strength == 1])
+    if method.draws_from_conditions:
+        seen, remarks = Seen((), None, None), (FROM_CONDITIONS,)
+    else:
+        seen, remarks = look(pictures, exhibit, dataset), ()
+    return Gallery(
+        previews=previews,
+        strengths=exhibit.strengths,
+        grid={
+            seed: {prompt: [paths[wish] for wish in row] for prompt, row in exhibit.rows(seed).items()}
+            for seed in exhibit.grid_seeds
+        },
+        nearest=[(paths[wish], found.picture, found.distance) for wish, found in seen.neighbours],
+        seen=seen,
+        extra_share=1 - 2 * len(exhibit.previews) / len(wishes),
+        remarks=remarks,
+    )
+
+
+def _kind(wish: Wish) -> str:
+    return "base" if wish.strength is None else f"at_{wish.strength}"

@@ -17,11 +17,12 @@ def steps(
 
     A bucket comes as often as its share of the pictures asks for (largest remainder first), and inside it every
     picture comes once before any comes twice; so each picture is seen equally often, however small its bucket. Picture
-    i counts as `repeats[i]` pictures.
+    i counts as `repeats[i]` pictures; 0 leaves it out.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for index, bucket in enumerate(buckets):
-        members[bucket] += [index] * (repeats[index] if repeats else 1)
+        if times := repeats[index] if repeats else 1:
+            members[bucket] += [index] * times
     streams = [_shuffled(indices, seed, number) for number, indices in enumerate(members.values())]
     shares = [len(indices) / sum(map(len, members.values())) for indices in members.values()]
     # a random start, so that the first step is not always of the largest bucket

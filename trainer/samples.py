@@ -29,8 +29,8 @@ class Picture:
 class Sample:
     """What is cached of one picture: everything of it that training reads."""
 
-    mean: Tensor  # posterior of the latents, scaled as the denoiser sees them: [C, h, w]
-    std: Tensor  # [C, h, w]
+    mean: Tensor  # posterior of the latents, scaled as the denoiser sees them: [C, h, w], or [D] for a vector
+    std: Tensor  # as the mean
     caption: str
     mask: Tensor | None = None  # [1, h, w]
     conditioning: Conditioning = field(default_factory=dict)  # per-sample tensors without a batch dimension
@@ -40,8 +40,8 @@ class Sample:
 class Batch:
     """Samples of one size on the device, with this step's random draws."""
 
-    data: Tensor  # [B, C, h, w]
-    noise: Tensor  # [B, C, h, w]
+    data: Tensor  # [B, C, h, w], or [B, D] for vectors
+    noise: Tensor  # as the data
     uniform: Tensor  # [B] in [0, 1): becomes the time
     captions: list[str]
     mask: Tensor | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,11 @@ class BatchMaker:
     def __init__(self, cache: Cache, settings: JobSettings, device: torch.device, preserved: tuple[str, ...]):
         self.cache, self.settings, self.device, self.preserved = cache, settings, device, preserved
 
-    def make(self, step: int, indices: list[int], positions: range, count: int) -> Batch:
+    def without(self, pictures: Collection[int]) -> BatchMaker:
+        """The same with these pictures never trained on."""
+        return BatchMaker(self.cache.without(pictures), self.settings, self.device, self.preserved)
+
+    def make(self, step: int | str, indices: list[int], positions: range, count: int) -> Batch:
         """The batch of the pictures `indices`, which stand at `positions` of the optimiser step's `count` samples."""
         settings, samples, draws = self.settings, [], []
         for index, position in zip(indices, positions, strict=True):
@@ -34,14 +40,15 @@ class BatchMaker:
         dropped = [d.drop_caption < settings.caption_dropout for d in draws]
         masks = [s.mask if s.mask is not None else torch.ones_like(s.mean[:1]) for s in samples]
         masked = any(sample.mask is not None for sample in samples)
-        names = samples[0].conditioning
+        null = {name: value.cpu() for name, value in self.cache.null.items()}
+        own = [s.conditioning | (null if drop else {}) for s, drop in zip(samples, dropped, strict=True)]
         return Batch(
             data=torch.stack([s.mean + s.std * d.posterior for s, d in pairs]).to(self.device),
             noise=torch.stack([d.noise for d in draws]).to(self.device),
             uniform=torch.tensor([d.uniform for d in draws], device=self.device),
             captions=["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)],
             mask=torch.stack(masks).to(self.device) if masked else None,
-            conditioning={n: torch.stack([s.conditioning[n] for s in samples]).to(self.device) for n in names},
+            conditioning={name: torch.stack([one[name] for one in own]).to(self.device) for name in own[0]},
             preserved=self._preserved(positions, draws),
             keys=tuple(f"{settings.seed}/{step}/{position}" for position in positions),
         )
@@ -64,13 +71,40 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         batch = self._method.prepared(self._family, batch)
-        conditioning = batch.conditioning | self._conditioning(batch.captions)
+        conditioning = batch.conditioning | self.conditioning(batch.captions)
         loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()
 
-    def _conditioning(self, captions: list[str]) -> Conditioning:
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as the questions below take it, with what the method adds for every step but no dropout."""
+        return self._method.prepared(self._family, batch, dropout=False)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The denoising loss of each sample of a prepared batch, without preservation or penalty: [B]."""
+        conditioning = batch.conditioning | self.conditioning(batch.captions)
+        return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
+
+    def base_losses(self, batch: Batch) -> Tensor:
+        """The same of the base model, whose text is read from the cache: [B]."""
+        with self._method.disabled(self._family):
+            conditioning = batch.conditioning | lookup(self._text, batch.captions)
+            return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
+
+    def drift(self, batch: Batch) -> Tensor:
+        """Squared distance of each prediction from the base model's, as a share of the latter's square: [B].
+
+        Both are asked by the prompt alone.
+        """
+        batch, base_text = self._method.prompted(batch), lookup(self._text, batch.captions)
+        with self._method.disabled(self._family):
+            base = self._family.probe(batch, batch.conditioning | base_text)
+        adapted = self._family.probe(batch, batch.conditioning | self.conditioning(batch.captions))
+        return (adapted - base).square().flatten(1).sum(dim=1) / base.square().flatten(1).sum(dim=1)
+
+    def conditioning(self, captions: list[str]) -> Conditioning:
+        """The text conditioning of B captions as the adapted model reads them: tensors [B, ...]."""
         if not self._method.needs_text_grad:
             return lookup(self._text, captions)
         encoded = self._family.encode_text(self._method.words(captions))

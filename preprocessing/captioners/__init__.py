@@ -5,10 +5,9 @@ The trigger word is not their business, nor is tidying up: see `preprocessing.ru
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +17,13 @@ from preprocessing.captioners import blip, florence2, qwen_vl
 from preprocessing.captioners.base import Captioner, Lines, OnProgress
 from preprocessing.captioners.lavis_client import LavisCaptioner, LavisSource
 from preprocessing.errors import UserError
+from preprocessing.models import loaded
 from preprocessing.settings import PrepareSettings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-ALTERNATIVES = "check the network, set captioner to none, or caption the pictures yourself"
+ALTERNATIVES = "set captioner to none, or caption the pictures yourself"
 
 
 class NoCaptioner:
@@ -35,28 +35,16 @@ class NoCaptioner:
         return lines
 
 
-@contextmanager
-def loaded_captioner(settings: PrepareSettings) -> Iterator[Captioner]:
+def loaded_captioner(settings: PrepareSettings) -> AbstractContextManager[Captioner]:
     """The captioner that the settings name, its memory given back at the end.
 
     Raises UserError where its model or environment is not at hand.
     """
     if settings.captioner == "none":
-        yield NoCaptioner()
-        return
+        return nullcontext(NoCaptioner())
     if settings.captioner == "lavis":
-        lavis = LavisCaptioner(_lavis_source(settings))
-        try:
-            yield lavis
-        finally:
-            lavis.close()
-        return
-    captioner = _in_process(settings)
-    try:
-        yield captioner
-    finally:
-        del captioner
-        _free_memory()
+        return closing(LavisCaptioner(_lavis_source(settings)))
+    return loaded(lambda: _in_process(settings), f"captioner: {model_name(settings)}", ALTERNATIVES)
 
 
 def _lavis_source(settings: PrepareSettings) -> LavisSource:
@@ -93,24 +81,11 @@ def _in_process(settings: PrepareSettings) -> Captioner:
             f"captioner: the toybox captioner is missing from {model}: "
             "restore that folder, or set captioner to none or blip."
         )
-    try:
-        if settings.captioner == "florence2":
-            return florence2.Florence2Captioner(model)
-        if settings.captioner == "qwen-vl":
-            return qwen_vl.QwenVlCaptioner(qwen_vl.instruction(settings), model)
-        return blip.BlipCaptioner(_blip_source(settings))
-    except OSError as error:  # what transformers raises for a model that is neither here nor to be had
-        raise UserError(
-            f"captioner: {model} cannot be loaded ({str(error).splitlines()[0][:150]}): {ALTERNATIVES}."
-        ) from error
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    if settings.captioner == "florence2":
+        return florence2.Florence2Captioner(model)
+    if settings.captioner == "qwen-vl":
+        return qwen_vl.QwenVlCaptioner(qwen_vl.instruction(settings), model)
+    return blip.BlipCaptioner(_blip_source(settings))
 
 
 def identity(settings: PrepareSettings) -> str:

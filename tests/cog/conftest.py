@@ -19,6 +19,7 @@ from tests.trainer.conftest import tiny_sd
 __all__ = ["tiny_sd"]  # the base model, built anew from its config
 
 FEW = "report_to: none\npreview_prompts: ['a photo of {trigger}']\npreview_seeds: [1]\npreservation_weight: 0\n"
+FEW += "holdout: 0\n"  # cross-validation has tests of its own
 
 
 def pixels(png: bytes) -> bytes:

@@ -20,6 +20,7 @@ from tests.cog.service import Service
 
 METRICS = {"stage": str, "step": int, "total_steps": int, "loss": float, "images_per_second": float, "eta_s": float}
 WEIGHTS = ("adapter.safetensors", "embeddings.safetensors", "comfyui/adapter.safetensors")
+WEIGHTS += ("comfyui/adapter_with_embeddings.safetensors", "comfyui/embeddings/TOK.safetensors")
 LONG = 100_000  # steps: a training that ends by a cancel only
 
 

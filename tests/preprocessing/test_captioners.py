@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BlipForConditionalGeneration
 
-from preprocessing import captioners
+from preprocessing import captioners, models
 from preprocessing.captioners import blip, identity, loaded_captioner
 from preprocessing.captioners.base import Batched
 from preprocessing.captioners.blip import BlipCaptioner, BlipSource
@@ -119,7 +119,7 @@ def test_its_memory_is_given_back_and_the_random_state_is_not_touched(blip_folde
         gc.collect()
         gone_when_the_cache_is_emptied.append(weights() is None)
 
-    monkeypatch.setattr(captioners, "_free_memory", empty_cache)
+    monkeypatch.setattr(models, "free_memory", empty_cache)
     with loaded_captioner(settings("blip", captioner_model=str(blip_folder))) as loaded:
         say(loaded, squares("red"))
         weights = weakref.ref(next(loaded._model.parameters()))

@@ -14,84 +14,32 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
+from tests.trainer import kandinsky
 from tests.trainer.flux_models import tiny_pipeline, tiny_transformer
-from trainer import families, job, methods
+from tests.trainer.tiny import SIDE, tiny_text_config, tiny_tokenizer, tiny_unet, tiny_vae
+from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, TEXT, VAE, Family
+from trainer.fitting import Fitted
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 
-SIDE = 32
-FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2}})  # previews are drawn by every whole job
+# previews are drawn by every whole job
+FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2, "prior_num_inference_steps": 2}})
 
 torch.set_num_threads(1)
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    """Bytes only, so that any text tokenises."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
-
-
-def tiny_text_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
-    # eos_token_id 2 as in the published SD and SDXL configs, which makes old code pool at the largest id
-    values = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "projection_dim": 32,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-    return CLIPTextConfig(**(values | changes))
-
-
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-    )
-
-
-def tiny_unet(**changes: object) -> UNet2DConditionModel:
-    values = {
-        "sample_size": SIDE // 2,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**(values | changes))
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +86,25 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("models") / "xl"
     pipe.save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KandinskyV22PriorPipeline folder: vectors of 32 numbers."""
+    folder = tmp_path_factory.mktemp("models") / "prior"
+    tokenizer = tiny_tokenizer()
+    kandinsky.save_prior(folder, tokenizer, tiny_text_config(tokenizer, num_hidden_layers=2))
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> Path:
+    """A KandinskyV22Pipeline folder: 32x32 pictures, 16x16 latents, epsilon and a learned variance."""
+    folder = tmp_path_factory.mktemp("models") / "decoder"
+    kandinsky.save_decoder(folder, tiny_prior)
     (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 
@@ -242,6 +209,8 @@ def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
         n_tokens=2,
         report_to="none",
         mixed_precision="no",
+        holdout=0,
+        evaluate_every=1000,  # before the first step and after the last; in between, the tests of evaluation ask
     )
 
 
@@ -340,6 +309,26 @@ def lab(untouched: Family) -> Lab:
     return Lab(copy.deepcopy(untouched))
 
 
+@pytest.fixture
+def train_variant(
+    lab: Lab, create: Callable[..., Method], dataset: PreparedDataset, tmp_path: Path
+) -> Callable[..., tuple[Path, Method]]:
+    """Trains a variant a little; gives the folder of its archive, and the method, still attached."""
+
+    def trained(variant: str, **changes: Any) -> tuple[Path, Method]:
+        method = create(variant, **changes)
+        lab.train(method)
+        folder = tmp_path / f"weights-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        method.settings.output_dir.mkdir(exist_ok=True)
+        (method.settings.output_dir / METRICS_FILE).touch()
+        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(method.settings, 3))
+        delivery.add_exports(folder, lab.family)
+        return folder, method
+
+    return trained
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a job left before anything was drawn: its weights, its metrics by step, its last checkpoint."""
@@ -356,13 +345,10 @@ class Trained:
 
 def read_trained(output_dir: Path) -> Trained:
     """Read what `train_on` left in `output_dir`."""
-    weights = output_dir / "weights"
-    tensors = {}
-    for path in weights.glob("*.safetensors"):
-        tensors |= load_tensors(path)[0]
-    last = max(path.parent for path in (output_dir / "checkpoints").glob("step_*/info.json"))
-    state = torch.load(last / "state.pt", weights_only=True)
-    return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), state)
+    weights = output_dir / "delivered"
+    tensors = {key: value for path in weights.glob("*.safetensors") for key, value in load_tensors(path)[0].items()}
+    state = max((output_dir / "checkpoints").glob("step_*/info.json")).with_name("state.pt")
+    return Trained(weights, tensors, read_metrics(output_dir / METRICS_FILE), torch.load(state, weights_only=True))
 
 
 @pytest.fixture(scope="session")
@@ -382,8 +368,8 @@ def train_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
     """Runs the real job on a prepared data set, up to the weights; nothing is prepared and nothing is drawn."""
 
     def run(settings: JobSettings, dataset: PreparedDataset, progress: job.Progress | None = None) -> Trained:
-        def keep(folder: Path, *_: object) -> None:
-            shutil.copytree(folder, settings.output_dir / "weights", dirs_exist_ok=True)
+        def keep(fitted: Fitted, *_: object) -> None:
+            shutil.copytree(fitted.weights, settings.output_dir / "delivered", dirs_exist_ok=True)
 
         monkeypatch.setattr(job, "prepared", lambda *_: dataset)
         monkeypatch.setattr(job, "finish", keep)

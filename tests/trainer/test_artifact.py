@@ -119,6 +119,8 @@ def test_a_header_of_many_entries_is_the_same_each_time(tmp_path):
 def test_tensors_may_be_views_and_parameters(tmp_path):
     tensors = {"t": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3)).t()}
     artifact.save_tensors(tmp_path / "t.safetensors", tensors)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
     assert torch.equal(artifact.load_tensors(tmp_path / "t.safetensors")[0]["t"], tensors["t"].detach())
 
 

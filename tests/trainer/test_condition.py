@@ -249,7 +249,7 @@ def trained(train_step, lab, dataset, tmp_path) -> Any:
         folder.mkdir()
         method.settings.output_dir.mkdir(exist_ok=True)
         (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 1))
+        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(method.settings, 1))
         return folder
 
     return made

@@ -246,7 +246,7 @@ def saved(lab, create, dataset, tmp_path) -> Any:
         folder.mkdir()
         method.settings.output_dir.mkdir(exist_ok=True)
         (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 3))
+        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(method.settings, 3))
         return folder, method
 
     return run

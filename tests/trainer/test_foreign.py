@@ -16,30 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preprocessing.errors import UserError
-from trainer import artifact, delivery, foreign
-from trainer.drawing import DrawSettings
+from tests.trainer.pictures import drawn
+from trainer import artifact, foreign
 from trainer.generate import Generator
-from trainer.metrics import METRICS_FILE
 
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
 SD_ONLY = pytest.mark.parametrize("tiny_model", ["sd"], indirect=True)
 
 
 @pytest.fixture
-def trained(lab, create, dataset, tmp_path) -> Callable[..., Path]:
+def trained(train_variant) -> Callable[..., Path]:
     """Trains a variant a little; gives the folder of its archive."""
-
-    def made(variant: str, **changes: Any) -> Path:
-        method = create(variant, **changes)
-        lab.train(method)
-        folder = tmp_path / f"ours-{variant}"
-        folder.mkdir()
-        method.settings.output_dir.mkdir(exist_ok=True)
-        (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 3))
-        return folder
-
-    return made
+    return lambda variant, **changes: train_variant(variant, **changes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +35,17 @@ def generator(tiny_model: Path) -> Generator:
     return Generator(str(tiny_model), "cpu")
 
 
-def drawn(generator: Generator, weights: Path) -> np.ndarray:
+def with_weights(generator: Generator, weights: Path) -> np.ndarray:
     generator.use(weights)
-    settings = DrawSettings(prompt="TOK on a hill", token_scale=1.0, num_inference_steps=2, guidance_scale=5.0)
-    return np.asarray(generator.draw_prompts(["TOK on a hill"], [4], settings)[0], dtype=np.int16)
+    return drawn(generator)
 
 
 def same(generator: Generator, ours: Path, theirs: Path, levels: int = 0) -> None:
-    expected = drawn(generator, ours)
+    expected = with_weights(generator, ours)
     generator.release()
-    base = drawn_base(generator)
+    base = drawn(generator)
     assert np.abs(expected - base).max() > levels  # there is something to be seen
-    assert np.abs(drawn(generator, theirs) - expected).max() <= levels
-
-
-def drawn_base(generator: Generator) -> np.ndarray:
-    settings = DrawSettings(prompt="TOK on a hill", num_inference_steps=2, guidance_scale=5.0)
-    return np.asarray(generator.draw_prompts(["TOK on a hill"], [4], settings)[0], dtype=np.int16)
+    assert np.abs(with_weights(generator, theirs) - expected).max() <= levels
 
 
 @pytest.mark.parametrize("variant", ["lora", "lora text"])
@@ -94,7 +76,7 @@ def test_pefts_own_folder(trained, generator: Generator, tmp_path: Path) -> None
     (theirs / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     same(generator, ours, theirs)
     (theirs / "adapter_config.json").unlink()  # without it alpha is taken for the rank
-    assert (drawn(generator, theirs) != drawn(generator, ours)).any()
+    assert (with_weights(generator, theirs) != with_weights(generator, ours)).any()
 
 
 def in_old_keys(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -143,6 +125,43 @@ def test_cog_sdxls_archive(trained, generator: Generator, tmp_path: Path) -> Non
 
 
 @SD_ONLY
+def test_an_embedding_alone_in_every_spelling(trained, generator: Generator, tmp_path: Path) -> None:
+    ours = trained("inversion")
+    rows = load_file(ours / artifact.EMBEDDINGS)["clip_l"]
+    expected = with_weights(generator, ours)
+    for name, tensors in {
+        "A1111": {"emb_params": rows},
+        "in a bundle": {"bundle_emb.TOK.string_to_param.*": rows},
+        "diffusers": {"TOK": rows},
+    }.items():
+        save_file(tensors, tmp_path / "theirs.safetensors")
+        assert (with_weights(generator, tmp_path / "theirs.safetensors") == expected).all(), name
+        assert generator.manifests[0].trigger_word == "TOK"
+    save_file({"<robo>": rows[0]}, tmp_path / "one.safetensors")  # as textual_inversion.py of diffusers leaves it
+    generator.use(tmp_path / "one.safetensors")
+    assert generator.manifests[0].trigger_word == "<robo>" and len(generator.manifests[0].tokens) == 1
+    prompt = "a photo of <robo>"
+    assert (drawn(generator, prompt) == drawn(generator, "a photo of <s0>")).all()
+
+
+@SD_ONLY
+def test_lycoris_three_factors_of_a_convolution(generator: Generator, tmp_path: Path) -> None:
+    """What the file says by its own rule, alpha / rank * up x middle x down, is what is added to the weight."""
+    name, rank = "down_blocks.0.resnets.0.conv1", 3
+    weight = generator.family.module("unet").get_submodule(name).weight.detach().clone()
+    sizes = {"up": (weight.shape[0], rank, 1, 1), "mid": (rank, rank, 3, 3), "down": (rank, weight.shape[1], 1, 1)}
+    parts = {part: torch.randn(size) for part, size in sizes.items()}
+    stem = "lora_unet_" + name.replace(".", "_")
+    stored = {f"{stem}.lora_{part}.weight": value for part, value in parts.items()}
+    save_file(stored | {f"{stem}.alpha": torch.tensor(1.5)}, tmp_path / "x.safetensors")
+    generator.use(tmp_path / "x.safetensors")
+    layer = generator.family.module("unet").get_submodule(name)
+    up, middle, down = (parts[part].squeeze() for part in ("up", "mid", "down"))
+    expected = 1.5 / rank * torch.einsum("or,rskl,si->oikl", up, middle, down)
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+@SD_ONLY
 def test_old_keys_without_a_net(trained, generator: Generator, tmp_path: Path) -> None:
     ours = trained("lora", lora_alpha=None, lora_targets="attention")
     theirs = tmp_path / "old.safetensors"
@@ -164,17 +183,33 @@ MISFITS = [
 ]
 
 
+MISFITS += [
+    ({f"{KOHYA}.{ending}": torch.ones(2, 2)}, told)
+    for ending, told in (
+        ("hada_w2_b", r"are LoHa \(LyCORIS\), which is not read"),
+        ("lokr_w1", r"are LoKr \(LyCORIS\)"),
+        ("oft_blocks", "are OFT"),
+        ("on_input", r"are \(IA\)\^3"),
+        ("a1.weight", "are GLoRA"),
+        ("diff", "a difference of full weights"),
+    )
+] + [
+    ({"bundle_emb.A.clip_l": torch.ones(2, 32), "bundle_emb.B.clip_l": torch.ones(2, 32)} | PAIR, "several embeddings"),
+    ({"bundle_emb.A.clip_l_out": torch.ones(2, 32)} | PAIR, "'clip_l_out', which is not read"),
+]
+
+
 @SD_ONLY
 @pytest.mark.parametrize(("tensors", "told"), MISFITS)
 def test_what_does_not_fit_is_refused(
     tensors: dict[str, Tensor], told: str, generator: Generator, tmp_path: Path
 ) -> None:
     generator.release()
-    before = drawn_base(generator)
+    before = drawn(generator)
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=told):
         generator.use(tmp_path / "x.safetensors")
-    assert (drawn_base(generator) == before).all()
+    assert (drawn(generator) == before).all()
 
 
 @SD_ONLY

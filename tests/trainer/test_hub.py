@@ -24,7 +24,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(commit="c1", files=dict(FILES), fetched=[])
 
     class Api:
-        def model_info(self, name: str, revision: str | None = None) -> Any:
+        def model_info(self, name: str, revision: str | None = None, timeout: float | None = None) -> Any:
             if name != "me/it":
                 raise OSError(f"no {name} at https://me:pw@hub/?token=s3cret")
             return SimpleNamespace(sha=state.commit, siblings=[SimpleNamespace(rfilename=one) for one in state.files])
@@ -49,6 +49,12 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("me/it", ["README.md", "mine.safetensors"], ["mine.safetensors"]),
         ("me/it", ["a.safetensors", "pytorch_lora_weights.safetensors"], ["pytorch_lora_weights.safetensors"]),
         ("me/it", ["x/deep.safetensors", "a.safetensors", "embeddings.pti"], ["a.safetensors", "embeddings.pti"]),
+        (
+            "me/it",
+            ["pytorch_lora_weights.safetensors", "embeddings.safetensors"],
+            ["pytorch_lora_weights.safetensors", "embeddings.safetensors"],
+        ),
+        ("me/it", ["embeddings.safetensors"], ["embeddings.safetensors"]),
         ("me/it/x/deep.safetensors", ["x/deep.safetensors"], ["x/deep.safetensors"]),
     ],
 )

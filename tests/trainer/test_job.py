@@ -57,11 +57,14 @@ def test_a_zip_becomes_an_archive_a_report_and_pictures(method, small, tiny_mode
     result = job.train(chosen, lambda *step: seen.append(step))
     assert result.archive == chosen.output_dir / "trained_model.tar"
     files = members(result.archive)
-    expected = {"manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "report.html"}
+    expected = {"README.md", "manifest.json", "config.yaml", "captions.jsonl", "metrics.jsonl", "report.html"}
+    expected |= {"evaluation.json"}
     expected |= {f"samples/{i:02d}_{kind}.png" for i in (0, 1) for kind in ("base", "adapted")}
     expected |= {"adapter.safetensors"} if method != "textual_inversion" else set()
     expected |= {"embeddings.safetensors"} if method in ("pivotal", "textual_inversion") else set()
     expected |= {"comfyui/adapter.safetensors"} if method in ("pivotal", "lora") else set()
+    expected |= {"comfyui/embeddings/TOK.safetensors"} if method in ("pivotal", "textual_inversion") else set()
+    expected |= {"comfyui/adapter_with_embeddings.safetensors"} if method == "pivotal" else set()
     assert set(files) == expected
     check_manifest(files, chosen, result)
     check_captions(files, chosen)
@@ -107,7 +110,8 @@ def check_pictures(result: job.JobResult, chosen: JobSettings, files: dict[str, 
         drawn = generator.draw_prompts(prompts, [3, 3], DrawSettings(prompt=prompts[0]))
         for i, picture in enumerate(drawn):
             with Image.open(io.BytesIO(files[f"samples/{i:02d}_{kind}.png"])) as sample:
-                assert (np.asarray(sample) == np.asarray(picture)).all()
+                # a level or two: what is drawn beside it in one batch rounds its sums otherwise
+                np.testing.assert_allclose(np.asarray(sample, int), np.asarray(picture, int), atol=2)
     assert [path.name for path in result.samples] == ["00_adapted.png", "01_adapted.png"]
     for path in result.samples:
         assert path.read_bytes() == files[f"samples/{path.name}"]

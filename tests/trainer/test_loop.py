@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from preprocessing.errors import UserError
+from preprocessing.prepared import PreparedDataset
 from trainer import loop, step
+from trainer.config import JobSettings
 from trainer.loop import MAX_BAD_STEPS
 from trainer.metrics import METRICS_FILE
 from trainer.step import TrainStep
@@ -33,7 +35,7 @@ from trainer.config import JobSettings
 settings = JobSettings.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = PreparedDataset.load(Path(sys.argv[2]))
 job.prepared = lambda *_: dataset
-job.finish = lambda folder, *_: shutil.copytree(folder, settings.output_dir / "weights")
+job.finish = lambda fitted, *_: shutil.copytree(fitted.weights, settings.output_dir / "delivered")
 job.train(settings, lambda *_: time.sleep(float(sys.argv[3])))
 """
 
@@ -223,14 +225,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_are_one_of_twice_the_batch(settings, train_on, read_job, masked_dataset, tmp_path):
-    shared = settings(train_batch_size=2, output_dir=tmp_path / "two", **SPLIT)
-    (tmp_path / "settings.json").write_text(shared.model_dump_json(), encoding="utf-8")
+def train_on_two(settings: JobSettings, dataset: PreparedDataset, scratch: Path) -> None:
+    """Run the job on two processes, up to the weights."""
+    (scratch / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    processes = [child(tmp_path / "settings.json", masked_dataset.folder, 0, **where, **rank) for rank in ranks]
+    processes = [child(scratch / "settings.json", dataset.folder, 0, **where, **rank) for rank in ranks]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+def test_two_processes_are_one_of_twice_the_batch(settings, train_on, read_job, masked_dataset, tmp_path):
+    shared = settings(train_batch_size=2, output_dir=tmp_path / "two", **SPLIT)
+    train_on_two(shared, masked_dataset, tmp_path)
     one = train_on(settings(train_batch_size=4, output_dir=tmp_path / "one", **SPLIT), masked_dataset)
     two = read_job(tmp_path / "two")
     assert len(two.rows) == 3

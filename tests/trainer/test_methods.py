@@ -120,9 +120,16 @@ def test_disabled_works_when_the_text_encoders_have_left_memory(lab, create):
         assert torch.equal(lab.family.predict(noisy, t, text), prediction)
 
 
-def test_full_says_that_it_cannot_be_switched_off(lab, create):
-    with pytest.raises(NotImplementedError), create("full").disabled(lab.family):
-        pass
+@pytest.mark.parametrize("method", ["full", "inversion"])
+def test_switched_off_they_predict_as_the_base_model_and_on_again_as_trained(method, lab, create):
+    before = lab.predict("a dog")
+    trained = create(method)
+    lab.train(trained)
+    after = lab.predict("a dog")
+    with trained.disabled(lab.family):
+        assert torch.equal(lab.predict("a dog"), before)
+    assert torch.equal(lab.predict("a dog"), after)
+    assert method == "inversion" or not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,11 +13,12 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageChops
 
-from preprocessing.page import duration
+from preprocessing.page import duration, shown
 from preprocessing.prepared import PreparedDataset, PreparedItem, Reject
 from trainer import report
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
+from trainer.evaluation.summary import Evaluation, Measured, Summary
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
 VOID = {"meta", "img", "br"}
@@ -167,6 +169,48 @@ def test_pictures_are_the_files_in_order(tmp_path):
                 assert not ImageChops.difference(shown, original).getbbox(), name
         else:  # the curve
             assert ElementTree.fromstring(content).tag.endswith("svg")
+
+
+def judged(folder: Path) -> report.Verdict:
+    """Overfitted after step 10, one seed at two strengths, one sample near the second picture."""
+    some = Measured(mean=0.25, low=0.125, high=0.375)
+    curve = tuple(
+        Evaluation(step=step, loss=0.5, gain=some, trigger_contrast=some, drift=some, bands=(some,) * 4)
+        for step in (0, 10, 20)
+    )
+    summary = Summary(
+        judged_by="held-out pictures",
+        held_out=("album/1.jpg",),
+        **{"delivered_step": 10, "best_step": 10, "last_step": 20, "planned_steps": 80},
+        risen=some,
+        overfitted=True,
+        base_loss=1.0,
+        curve=curve,
+        **{"near_copies": 0.5, "diversity": 0.75, "seconds": 4.0, "share": 0.04},
+    )
+    one, other = picture(folder / "one.png", colour=(5, 5, 5)), picture(folder / "other.png", colour=(7, 7, 7))
+    grid = {3: {"TOK on the moon": [one, other, one], "a toy on the moon": [other, one, other]}}
+    return report.Verdict(summary, (0.5, 1.0), grid, [(one, 1, 0.4)])
+
+
+def test_the_verdict_is_told_and_shown(tmp_path):
+    page = written(tmp_path, verdict=judged(tmp_path))
+    for text in (
+        "How good it is",
+        "The weights are those of step 10; training ended at step 20.",
+        "Probably overfitted after step 10",
+        "25.0 % (12.5 to 37.5 %) better than by the base model",
+        "50 % of the drawn pictures look like a copy",
+        "0.75 times as much",
+        "4 s, 4 % of the job",
+        "a toy on the moon",
+        "distance 0.40, held out",
+    ):
+        assert text in page.text, text
+    alike = Counter(image["src"] for image in page.images)
+    addresses = [shown(tmp_path / name, report.PREVIEW_SIDE).address for name in ("one.png", "other.png")]
+    assert [alike[one] for one in addresses] == [4, 3]  # six cells of the grid, and the sample beside its neighbour
+    assert sum(image["src"].startswith("data:image/svg") for image in page.images) == 2
 
 
 def test_previews_of_a_prompt_stand_together(tmp_path):

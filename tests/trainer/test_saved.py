@@ -12,53 +12,30 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from preprocessing.errors import UserError
-from trainer import artifact, delivery
+from tests.trainer.pictures import PROMPT, drawn, stock_picture
+from trainer import artifact
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 from trainer.methods.base import Method
-from trainer.metrics import METRICS_FILE
 
 # both models have text and a denoiser alike; XL has two encoders and pooled text beside
 XL_ONLY = pytest.mark.parametrize("tiny_model", ["xl"], indirect=True)
 SLOW = pytest.mark.slow
-PROMPT = "TOK on a hill"
-CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 
 
 @pytest.fixture
-def save(lab, create, dataset, tmp_path) -> Callable[..., tuple[Path, Method]]:
-    """Trains a variant a little and packs it; gives the archive and the method, still attached."""
+def save(train_variant) -> Callable[..., tuple[Path, Method]]:
+    """Trains a variant a little and packs it; gives the archive (its folder lies beside it) and the attached method."""
 
     def saved(variant: str, **changes: Any) -> tuple[Path, Method]:
-        method = create(variant, **changes)
-        lab.train(method)
-        folder = tmp_path / f"weights-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        method.settings.output_dir.mkdir(exist_ok=True)
-        (method.settings.output_dir / METRICS_FILE).touch()
-        delivery.save_weights(folder, lab.family, method, dataset, (method.settings, 3))
+        folder, method = train_variant(variant, **changes)
         archive = folder.with_suffix(".tar")
         artifact.write(folder, archive)
         return archive, method
 
     return saved
-
-
-def drawn(generator: Generator, prompt: str = PROMPT, **changes: Any) -> np.ndarray:
-    settings = DrawSettings(**({"prompt": prompt, "token_scale": 1.0} | CALL | changes))
-    return pixels(generator.draw_prompts([prompt], [4], settings)[0])
-
-
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, dtype=np.int16)
-
-
-def stock_picture(pipe: Any, prompt: str) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    return pixels(pipe(prompt, generator=torch.Generator().manual_seed(4), **CALL).images[0])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from trainer.cache import Cache
 from trainer.config import JobSettings
 from trainer.draws import draw
 from trainer.families.base import TEXT, Family
-from trainer.job import preserved_prompts
+from trainer.fitting import preserved_prompts
 from trainer.methods.base import Method
 from trainer.samples import Batch
 from trainer.step import PRESERVED_EVERY, BatchMaker, TrainStep
@@ -216,7 +216,7 @@ def test_a_fresh_adapter_has_nothing_to_preserve_and_a_trained_one_has(method, b
     weight, batch = setup.settings.preservation_weight, setup.batch()
 
     def preservation() -> float:
-        conditioning = batch.conditioning | setup.module._conditioning(batch.captions)
+        conditioning = batch.conditioning | setup.module.conditioning(batch.captions)
         plain = setup.family.training_loss(batch, conditioning, setup.settings.snr_gamma)
         return (setup.module(batch) - plain).item() / weight
 
@@ -239,6 +239,6 @@ def test_what_is_trained_as_no_caption_is_what_is_drawn_with_as_none(method, ben
             for name, parameter in setup.family.module(net.name).named_parameters():
                 if ".lora_B." in name or "trainable_tokens" in name:
                     parameter += 0.1
-        trained = setup.module._conditioning([""])
+        trained = setup.module.conditioning([""])
         for name, value in setup.family.null_conditioning().items():
             torch.testing.assert_close(trained[name], value)

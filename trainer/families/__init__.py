@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.families.base import Family
+    import torch
+
+    from trainer.families.base import Drawable, Family, Geometry
 
 TOYBOX = Path(__file__).resolve().parents[2] / "toybox"
 TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd"}
@@ -24,7 +26,13 @@ PIPELINES = {
     "StableDiffusionPipeline": ("trainer.families.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
     "FluxPipeline": ("trainer.families.flux", "Flux"),
+    "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
+    "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
 }
+
+
+class NoCompanion(UserError):
+    """The other half of a base model could not be had."""
 
 
 def resolve(source: str) -> str:
@@ -74,18 +82,25 @@ def _pipeline_of_file(path: Path) -> str:
     raise UserError(f"base_model {path} holds no checkpoint that is known: give a diffusers folder.")
 
 
-def pipeline_name(source: str) -> str:
-    """The class name of a base model's own pipeline; raises UserError where there is none."""
+def model_index(source: str) -> dict[str, Any]:
+    """The model_index.json of a base model that is a folder or lies on the Hub: its pipeline and the parts' classes."""
     path = Path(resolve(source))
-    if path.is_file():
-        return _pipeline_of_file(path)
     if path.is_dir() and not (path / INDEX).exists():
         raise UserError(f"base_model {path} has no {INDEX}: give the folder of a whole diffusers pipeline.")
     index = path / INDEX if path.is_dir() else _hub_file(source, INDEX)
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        if "_class_name" in stored:
+            return dict(stored)
+        raise ValueError("it names no pipeline")
+    except (ValueError, TypeError) as error:
         raise UserError(f"base_model {path} has a damaged {INDEX}: download or copy it again.") from error
+
+
+def pipeline_name(source: str) -> str:
+    """The class name of a base model's own pipeline; raises UserError where there is none."""
+    path = Path(resolve(source))
+    return _pipeline_of_file(path) if path.is_file() else model_index(source)["_class_name"]
 
 
 def family_class(source: str) -> type[Family]:
@@ -95,6 +110,20 @@ def family_class(source: str) -> type[Family]:
         raise UserError(f"base_model {source} is a {name}, which is not supported: use one of {sorted(PIPELINES)}.")
     module, attribute = PIPELINES[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def load(source: str, parts: frozenset[str], dtype: torch.dtype, companion: str | None = None) -> Family:
+    """A base model for training; `companion` is where its other half lies, of a model that comes in two."""
+    family = family_class(source)
+    halves = {} if companion is None else {"companion": companion}
+    return family.load(source, parts, dtype, **halves)
+
+
+def load_drawable(source: str, companion: str | None, dtype: torch.dtype) -> tuple[Drawable, Geometry]:
+    """A base model for drawing, and the geometry of its pictures; without `companion` the usual one is taken."""
+    family = family_class(source)
+    companion = companion or family.usual_companion(source)
+    return family.load_drawable(source, companion, dtype), family.drawn_geometry(source, companion)
 
 
 def recommended(source: str, method: str) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from trainer.artifact import Manifest
-from trainer.branches import Layout
+from trainer.artifact import ADAPTER, LORA_FILE, Manifest
+from trainer.config import JobSettings
+from trainer.families.conditionable import Conditionable
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
+
+if TYPE_CHECKING:
+    from trainer.model_card import Place
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
@@ -43,6 +47,7 @@ class Net:
     name: str
     part: str  # DENOISER or TEXT
     targets: dict[str, tuple[str, ...]]  # preset -> endings of module names
+    fixed: frozenset[str] = frozenset()  # parameters that are statistics of the data: no method trains them
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,95 @@ class TextTower:
     embedding_key: str
 
 
-class Family(ABC):
-    """A loaded base model. It lies on one device; its weights are frozen until a method attaches."""
+def quoted(text: str) -> str:
+    """A string as Python and JSON write it: a trigger word may hold quotation marks."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+class Drawable(Conditionable, ABC):
+    """What weights are put into and pictures are drawn with: a family, or two that share a pipeline."""
 
     name: ClassVar[str]
-    recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
     drawing_dtype: ClassVar[torch.dtype] = torch.float16  # on accelerators
     schedulers: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = DDPM_SCHEDULERS
-    objective: Objective
     nets: tuple[Net, ...]
     device: torch.device
+    # settings of a picture beside those that all have (names in trainer.drawing.FOR_SOME); the pipeline takes them
+    draw_options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Names of the families whose weights can be put in."""
+        return (self.name,)
+
+    @abstractmethod
+    def module(self, name: str) -> nn.Module:
+        """The live network called `name` in the pipeline."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Drawable:
+        """Move every part."""
+
+    @abstractmethod
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """Text conditioning of B captions: tensors [B, ...]; {} for a family that reads no text. Differentiable."""
+
+    def null_conditioning(self) -> Conditioning:
+        """What stands for no caption, and for no negative prompt: tensors [1, ...]."""
+        return self.encode_text([""])
+
+    @property
+    @abstractmethod
+    def text(self) -> list[TextTower]:
+        """The text encoders, for methods that train through them."""
+
+    @abstractmethod
+    def replace_tokenizer(self, encoder_name: str, tokenizer: Any) -> None:
+        """Give the text encoder of that name another tokenizer."""
+
+    @abstractmethod
+    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
+        """The stock diffusers pipeline around these parts, for TEXT_TO_IMAGE, IMAGE_TO_IMAGE or INPAINT.
+
+        Called with `pipeline_inputs`, the picture's settings and one generator a picture. Raises UserError for a task
+        that there is none for.
+        """
+
+    @abstractmethod
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        """The arguments by which the pipeline takes what is already encoded. `negative` is the encoding of a negative
+        prompt, or `null_conditioning` where there is none; both have B rows.
+        """
+
+    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
+        """The argument by which the pipeline takes the guidance scale. UserError for a negative prompt that the model
+        has no use for.
+        """
+        return {"guidance_scale": scale}
+
+    def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """LoRA of other programs with the layers of the model's first code taken for diffusers' modules."""
+        return tensors
+
+
+class Family(Drawable):
+    """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
+
+    A base model may be one half of a model (Kandinsky 2.2's prior and decoder). Then `usual_companion` names the other
+    half, `load` takes its source as a fourth argument, and `load_drawable` loads both as one Drawable.
+
+    What other programs call its weights is the family's to say, too: `ui_files`, `export_comfyui` and
+    `ui_embedding_keys` for the files in comfyui/, `save_single_file` for a whole checkpoint, `card_tags`, `card_header`
+    and `how_to` for the model card.
+    """
+
+    recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    ui_files: ClassVar[bool] = True  # whether ComfyUI and A1111 load adapters for it
+    # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
+    notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used
+    objective: Objective
 
     @classmethod
     @abstractmethod
@@ -89,13 +173,26 @@ class Family(ABC):
     def load(cls, source: str, parts: frozenset[str], dtype: torch.dtype) -> Family:
         """Load the parts asked for (DENOISER, TEXT, VAE), frozen, on the CPU."""
 
-    @abstractmethod
-    def module(self, name: str) -> nn.Module:
-        """The live network called `name` in the pipeline."""
+    @classmethod
+    def usual_companion(cls, source: str) -> str | None:
+        """Where the other half lies unless a setting says otherwise; None for a model that is whole."""
+        return None
 
-    @abstractmethod
-    def to(self, device: torch.device) -> Family:
-        """Move every part."""
+    @classmethod
+    def load_drawable(cls, source: str, companion: str | None, dtype: torch.dtype) -> Drawable:
+        """All that drawing takes, frozen, on the CPU. Raises `families.NoCompanion` where the other half is missing."""
+        return cls.load(source, frozenset({DENOISER, TEXT, VAE}), dtype)
+
+    @classmethod
+    def drawn_geometry(cls, source: str, companion: str | None) -> Geometry:
+        """Of the pictures that `load_drawable` gives."""
+        return cls.geometry(source)
+
+    @classmethod
+    def check(cls, settings: JobSettings) -> None:
+        """Raise UserError for settings that this family has no use for."""
+        if settings.companion_model is not None:
+            raise UserError("companion_model is for a base model that is one half of two: leave it out for this one.")
 
     @abstractmethod
     def free(self, part: str) -> None:
@@ -107,46 +204,15 @@ class Family(ABC):
     ) -> list[Sample]:
         """Latents and everything of the conditioning that is not text: the unit that is cached."""
 
-    @abstractmethod
-    def encode_text(self, captions: list[str]) -> Conditioning:
-        """Text conditioning of B captions: tensors [B, ...]. Differentiable."""
-
-    def null_conditioning(self) -> Conditioning:
-        """The text conditioning that stands for no caption: tensors [1, ...]."""
-        return self.encode_text([""])
-
-    @property
-    @abstractmethod
-    def text(self) -> list[TextTower]:
-        """The text encoders, for methods that train through them."""
-
-    @abstractmethod
-    def replace_tokenizer(self, encoder_name: str, tokenizer: Any) -> None:
-        """Give the text encoder of that name another tokenizer."""
+    def null_picture(self) -> Conditioning:
+        """What takes the place of a sample's own conditioning when it is dropped, without a batch dimension; names
+        that are not in it are kept (a picture's size).
+        """
+        return {}
 
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
-
-    @abstractmethod
-    def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:
-        """The stock diffusers pipeline around this family's parts, for TEXT_TO_IMAGE, IMAGE_TO_IMAGE or INPAINT."""
-
-    @abstractmethod
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-        """The arguments by which the pipeline takes text that is already encoded."""
-
-    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
-        """The argument by which the pipeline takes the guidance scale. UserError for a negative prompt that the model
-        has no use for.
-        """
-        return {"guidance_scale": scale}
-
-    def condition_layers(self) -> tuple[str, str]:
-        """Regular expressions of the layers (whole names in the denoiser) that a condition's LoRA goes into, and of
-        those of them that nothing reads. UserError for a family that cannot be conditioned on pictures.
-        """
-        raise UserError(f"method condition is not for a {self.name}: choose a FLUX as base_model.")
 
     def store_in_fp8(self) -> None:
         """Keep the denoiser's linear and convolution weights in 8 bits, cast back layer by layer as they are used.
@@ -159,34 +225,6 @@ class Family(ABC):
             kind = next(p.dtype for n, p in module.named_parameters() if ".lora_" not in n)
             apply_layerwise_casting(module, torch.float8_e4m3fn, kind, skip_modules_pattern=FULL_PRECISION)
 
-    @property
-    def pixels_per_token(self) -> int:
-        """The side of a denoiser's token in pixels, where conditions are tokens."""
-        raise NotImplementedError
-
-    def token_mask(self, hole: Tensor) -> Tensor:
-        """Pixels to draw, bool [H, W] -> the tokens that hold one of them, bool [1, h / 2, w / 2]."""
-        raise NotImplementedError
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> the means of their latents as the denoiser sees them, [B, C, h, w]."""
-        raise NotImplementedError
-
-    def add_branches(self, layout: Layout) -> None:
-        """Let `predict` read condition_0, condition_1, ... (latents [B, C, h, w]) of its conditioning, and `hole` where
-        the layout integrates tokens; the denoiser's LoRA acts on the conditions alone. See `condition_layers`.
-        """
-        raise NotImplementedError
-
-    def remove_branches(self) -> None:
-        """Take back what `add_branches` did; nothing where it did nothing."""
-        return
-
-    @contextmanager
-    def conditioned(self, conditioning: Conditioning, strength: float) -> Iterator[None]:
-        """Inside, the pipeline draws under conditions as in `add_branches`; their tokens weigh `strength` times."""
-        yield
-
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, in every net."""
         for net in self.nets:
@@ -196,17 +234,81 @@ class Family(ABC):
                 enable = getattr(module, "activation_checkpointing_enable", None)
                 (enable or module.enable_gradient_checkpointing)()
 
+    def enable_xformers(self) -> None:
+        """Attention by xFormers in the denoiser. UserError where the package is missing."""
+        for net in (net for net in self.nets if net.part == DENOISER):
+            try:
+                self.module(net.name).enable_xformers_memory_efficient_attention()
+            except (ImportError, ValueError) as error:  # not installed; no CUDA device
+                raise UserError(f"enable_xformers: {error}; install xformers on a CUDA machine or leave it.") from error
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the stock pipeline with the nets as they are now, as a folder that diffusers loads by its path. All
+        parts must be loaded.
+        """
+        self.pipeline().save_pretrained(folder)
+
+    @classmethod
+    def card_header(cls, manifest: Manifest, place: Place) -> dict[str, Any]:
+        """What the YAML at the head of a model card says beside what all cards say; diffusers reads some of it."""
+        return {}
+
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
 
-    def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """LoRA of other programs with the layers of the model's first code taken for diffusers' modules."""
-        return tensors
+    def describe(self) -> dict[str, str]:
+        """What the headers of exported files need to know of the loaded model: diffusers' prediction_type."""
+        return {}
+
+    def save_single_file(self, path: Path) -> None:
+        """Write the model as one checkpoint file with the original program's keys; UserError where there is none."""
+        raise UserError(f"a {self.name} is not written as one file: leave single_file out, the folder is complete.")
+
+    @classmethod
+    def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
+        """Python that draws with the weights in diffusers, for the model card; `base_model` as its reader has it.
+
+        Of method full it is asked for only where the place holds the whole pipeline.
+        """
+        whole = manifest.method == "full"
+        source = place.name if whole else base_model
+        code = [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            *cls._imports_for(manifest, place),
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained({quoted(source)}, torch_dtype={cls.drawing_dtype}).to("cuda")',
+        ]
+        if not whole and (lora := place.first(LORA_FILE, ADAPTER)):
+            code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
+        code += cls._tokens_for(manifest, place)
+        words = "".join(manifest.tokens) or manifest.trigger_word
+        return "\n".join([*code, f"picture = pipe({quoted(f'a photo of {words}')}).images[0]"])
+
+    @classmethod
+    def _imports_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        download = ["from huggingface_hub import hf_hub_download"] if place.repository else []
+        return [*download, "from safetensors.torch import load_file"]
+
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        """Lines of Python that put the new tokens into `pipe`, where the weights have some."""
+        return []
+
+    def probe(self, batch: Batch, conditioning: Conditioning) -> Tensor:
+        """The prediction at the batch's own times: [B, ...]."""
+        t = self.objective.times(batch.uniform)
+        return self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
+
+    def sample_losses(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
+        """The weighted, masked denoising loss of each sample: [B]."""
+        t = self.objective.times(batch.uniform)
+        error = (self.probe(batch, conditioning) - self.objective.target(batch.data, batch.noise, t)).square()
+        return masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)
 
     def training_loss(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
-        """The weighted, masked denoising loss: mean over the batch, a scalar."""
-        t = self.objective.times(batch.uniform)
-        predicted = self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
-        error = (predicted - self.objective.target(batch.data, batch.noise, t)).square()
-        return (masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)).mean()
+        """What is minimised: the mean of `sample_losses`, a scalar."""
+        return self.sample_losses(batch, conditioning, snr_gamma).mean()

@@ -74,6 +74,10 @@ class Flux(PipelineFamily):
         ("tokenizer", "text_encoder", "clip_l"),
         ("tokenizer_2", "text_encoder_2", "t5"),
     )
+    pooled: ClassVar[str | None] = "text_encoder"
+    # as ComfyUI calls them in a file for both
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("clip_l", "clip_l"), "t5": ("t5xxl", "t5xxl")}
+    card_tags: ClassVar[tuple[str, ...]] = ("flux", "flux-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {
             "max_train_steps": 1000,
@@ -186,6 +190,14 @@ class Flux(PipelineFamily):
         with self.branches.on(chosen):
             yield
 
+    @contextmanager
+    def unconditioned(self) -> Iterator[None]:
+        layout, self._layout = self._layout, None
+        try:
+            yield
+        finally:
+            self._layout = layout
+
     @property
     def pixels_per_token(self) -> int:
         """The side of a token in pixels."""
@@ -210,7 +222,12 @@ class Flux(PipelineFamily):
         ).sample
         return FluxPipeline._unpack_latents(tokens, height, width, 1).float()
 
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    @classmethod
+    def _pooling(cls, encoder: str) -> str:
+        # transformers had it below text_model before version 5
+        return f'getattr(pipe.{encoder}, "text_model", pipe.{encoder})'
+
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         return {
             "prompt_embeds": conditioning["context"],
             "pooled_prompt_embeds": conditioning["pooled"],

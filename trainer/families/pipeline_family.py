@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from trainer.artifact import EMBEDDINGS, Manifest
 from trainer.families import resolve
 from trainer.families.base import DENOISER, TEXT, TEXT_TO_IMAGE, VAE, Family, Geometry, TextTower
+from trainer.families.quiet import quietly
 from trainer.samples import Conditioning, Picture, Sample
+
+if TYPE_CHECKING:
+    from trainer.model_card import Place
 
 
 class PipelineFamily(Family):
@@ -27,6 +29,7 @@ class PipelineFamily(Family):
     pipelines: ClassVar[dict[str, str]]  # task -> class in diffusers
     pipeline_options: ClassVar[dict[str, Any]] = {}  # what their constructors take beside the parts
     towers: ClassVar[tuple[tuple[str, str, str], ...]]  # tokenizer, encoder, embedding key
+    pooled: ClassVar[str | None] = None  # the text encoder whose pooled text is read
 
     def __init__(self, pipe: Any, dtype: torch.dtype):
         self._pipe = pipe
@@ -35,7 +38,7 @@ class PipelineFamily(Family):
         for module in self._modules():
             module.requires_grad_(False).eval()
         for tower in self.text:
-            _find_end_by_id(tower)
+            find_end_by_id(tower)
 
     @classmethod
     def _parts(cls) -> dict[str, tuple[str, ...]]:
@@ -47,7 +50,7 @@ class PipelineFamily(Family):
         path = Path(resolve(source))
         left_out = {name: None for part, names in cls._parts().items() if part not in parts for name in names}
         try:
-            with _quietly():
+            with quietly():
                 if path.is_file():
                     pipe = cls._from_file(path, dtype, left_out)
                 else:
@@ -133,7 +136,8 @@ class PipelineFamily(Family):
 
     def _tokens(self, tower: TextTower, captions: list[str]) -> Tensor:
         return tower.tokenizer(
-            captions,
+            # a merged model's trigger, which stands for several tokens
+            self._pipe.maybe_convert_prompt(captions, tower.tokenizer),
             padding="max_length",
             max_length=tower.tokenizer.model_max_length,
             truncation=True,
@@ -144,7 +148,7 @@ class PipelineFamily(Family):
         pipeline_class = getattr(diffusers, self.pipelines[task])
         known = pipeline_class._get_signature_keys(pipeline_class)[0]
         if self._pipe.vae is not None:
-            with _quietly():
+            with quietly():
                 # it is handed the denoiser's dtype; pipelines whose VAE overflows in fp16 cast it themselves
                 self._pipe.vae.to(self.dtype)
         parts = {name: part for name, part in self._pipe.components.items() if name in known}
@@ -152,23 +156,27 @@ class PipelineFamily(Family):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @classmethod
+    def _tokens_for(cls, manifest: Manifest, place: Place) -> list[str]:
+        if not manifest.tokens:
+            return []
+        code = [f"rows = load_file({place.path(EMBEDDINGS)})", f"tokens = {list(manifest.tokens)}".replace("'", '"')]
+        for tokenizer, encoder, key in cls.towers:
+            code.append(
+                f'pipe.load_textual_inversion(list(rows["{key}"]), token=tokens, '
+                f"text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer})"
+            )
+            if encoder == cls.pooled:  # its configuration says 2, which makes transformers pool at the largest id
+                code.append(f"{cls._pooling(encoder)}.eos_token_id = pipe.{tokenizer}.eos_token_id")
+        return code
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No bars for files that load in a second, and no warning that the safety checker was left out."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
+    @classmethod
+    def _pooling(cls, encoder: str) -> str:
+        """In Python for others, the module of a text encoder that pools."""
+        return f"pipe.{encoder}.text_model"
 
 
-def _find_end_by_id(tower: TextTower) -> None:
+def find_end_by_id(tower: TextTower) -> None:
     """Pool the text at its end token.
 
     CLIP configs of old say eos_token_id = 2 and pool at the largest id, which a new token would take from the end.

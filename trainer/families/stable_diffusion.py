@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer import kohya
 from trainer.artifact import Manifest
-from trainer.families import model_config, resolve
+from trainer.families import model_config, resolve, sd_checkpoint
 from trainer.families.base import DENOISER, IMAGE_TO_IMAGE, INPAINT, TEXT, TEXT_TO_IMAGE, Geometry, Net
 from trainer.families.pipeline_family import PipelineFamily
 from trainer.objectives import Ddpm
@@ -40,6 +40,8 @@ class StableDiffusion(PipelineFamily):
     }
     pipeline_options: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {
             "max_train_steps": 800,
@@ -85,11 +87,17 @@ class StableDiffusion(PipelineFamily):
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         return None
 
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         return {"prompt_embeds": conditioning["context"], "negative_prompt_embeds": negative["context"]}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        kohya.save(path, tensors, manifest, two_text_encoders=len(self.towers) == 2)
+        kohya.save(path, tensors, manifest, len(self.towers) == 2, self.objective.scheduler.config.prediction_type)
+
+    def save_single_file(self, path: Path) -> None:
+        sd_checkpoint.save(path, self._pipe)
+
+    def describe(self) -> dict[str, str]:
+        return {"prediction_type": self.objective.scheduler.config.prediction_type}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -107,6 +115,12 @@ class StableDiffusionXL(StableDiffusion):
         ("tokenizer", "text_encoder", "clip_l"),
         ("tokenizer_2", "text_encoder_2", "clip_g"),
     )
+    pooled: ClassVar[str | None] = "text_encoder_2"
+    ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {
+        "clip_l": ("clip_l", "clip_l"),
+        "clip_g": ("clip_g", "clip_g"),
+    }
+    card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": StableDiffusion.recommended["any"] | {"train_batch_size": 2},
         "full": {"learning_rate": 4e-6},
@@ -136,6 +150,6 @@ class StableDiffusionXL(StableDiffusion):
     def _added(self, conditioning: Conditioning) -> dict[str, Tensor]:
         return {"text_embeds": conditioning["pooled"].to(self.dtype), "time_ids": conditioning["time_ids"]}
 
-    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         pooled = {"pooled_prompt_embeds": conditioning["pooled"], "negative_pooled_prompt_embeds": negative["pooled"]}
         return super().pipeline_inputs(conditioning, negative) | pooled

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Family, Net
 
 ADAPTER = "default"
 
@@ -45,6 +45,13 @@ def remove(module: nn.Module) -> None:
     if hasattr(module, "peft_config"):
         del module.peft_config
     module.requires_grad_(False)
+
+
+def merge(module: nn.Module) -> None:
+    """Add every adapter of a net to the weights it is on, for good."""
+    for layer in tuner_layers(module):
+        layer.merge()
+    remove(module)
 
 
 def tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
@@ -84,16 +91,34 @@ def saved_configs(folder: Path, family: Family) -> dict[str, LoraConfig]:
         raise UserError(f"{artifact.MANIFEST} of the weights: nets: {error}; train again or copy it again.") from error
 
 
+def put_in(module: nn.Module, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> list[nn.Parameter]:
+    """Put an adapter with an archive's weights into the net called `name`; its parameters. UserError at a misfit."""
+    parameters = inject(module, config)
+    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    check_fit(name, state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
+    set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+    return parameters
+
+
+def check_layers(net: Net, module: nn.Module, tensors: dict[str, Tensor], preset: str) -> None:
+    """Raise UserError unless an archive adapts just those layers of a net that a preset of targets names."""
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    wanted = {name for name in layers if any(f".{name}".endswith(f".{end}") for end in net.targets[preset])}
+    found = {
+        key.removeprefix(f"{net.name}.").partition(".lora_")[0] for key in tensors if key.startswith(f"{net.name}.")
+    }
+    if odd := sorted(wanted ^ found):
+        raise UserError(
+            f"lora_targets {preset} does not agree with init_adapter (at {odd[0]} of the {net.name}): leave it out."
+        )
+
+
 def load_lora(folder: Path, family: Family, configs: dict[str, LoraConfig]) -> None:
     """Put an archive's LoRA weights into the family's nets; raises UserError where the weights do not fit them."""
     tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
     for name, config in configs.items():
-        module = family.module(name)
-        inject(module, config)
-        state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        check_fit(name, state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
-        set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
-        module.requires_grad_(False)
+        put_in(family.module(name), name, config, tensors)
+        family.module(name).requires_grad_(False)
 
 
 def check_fit(net: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from preprocessing.prepared import PreparedDataset
+from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
-from trainer.families.base import Family
+from trainer.families.base import Drawable, Family
 from trainer.samples import Batch, Conditioning, Picture
 
 
@@ -39,9 +41,12 @@ class Method(ABC):
     name: ClassVar[str]
     needs_text_grad: bool = False  # whether the text conditioning changes while training
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
+    has_strength: ClassVar[bool] = True  # whether `set_strength` takes other values than 1
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
     needs_vae: bool = False  # whether pictures are encoded while training
-    draws_from_conditions: ClassVar[bool] = False  # whether a picture is drawn from condition pictures
+    # whether pictures are drawn from condition pictures: no stock pipeline and no other program draws with the adapter,
+    # and what is drawn is meant to look like pictures of the data set
+    draws_from_conditions: ClassVar[bool] = False
 
     def __init__(self, settings: JobSettings):
         self.settings = settings
@@ -51,8 +56,15 @@ class Method(ABC):
         """Put the trainable parameters in."""
 
     @abstractmethod
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         """Leave the family bit-identical to before `attach` or `load`."""
+
+    def begin_from(self, folder: Path) -> None:
+        """Have `attach` start from an opened archive's weights, which lies there until then. UserError where it cannot.
+
+        The settings agree with the archive already (trainer.start).
+        """
+        raise UserError(f"method {self.name} cannot start from other weights: leave init_adapter out.")
 
     def schedule(self, progress: float) -> dict[str, float]:
         """Factor of each group's learning rate at `progress` in [0, 1) of the run; 0 freezes the group."""
@@ -74,23 +86,31 @@ class Method(ABC):
         """What the method adds to a sample's conditioning, without a batch dimension. Called before `attach`."""
         return {}
 
-    def prepared(self, family: Family, batch: Batch) -> Batch:
-        """A batch with what the method draws anew for every step."""
+    def prepared(self, family: Family, batch: Batch, dropout: bool = True) -> Batch:
+        """A batch with what the method draws anew for every step; without `dropout` nothing is left out by chance."""
         return batch
 
+    def prompted(self, batch: Batch) -> Batch:
+        """A prepared batch without what the method added to its conditioning: as a prompt alone is drawn."""
+        return batch
+
+    def drawing_settings(self, dataset: PreparedDataset, picture: int, folder: Path, strength: float) -> dict[str, Any]:
+        """How the finished weights draw a sample at a strength, beside its prompt and size: values of DrawSettings.
+        `picture` of the data set may be shown to them; `folder` takes files that they need.
+        """
+        return {"lora_scale": strength}
+
     def drawing_conditioning(
-        self, family: Family, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
+        self, family: Drawable, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
     ) -> Conditioning:
         """What condition pictures (RGB, of the drawn picture's size) add to its conditioning, [1, ...] each. `ready`:
         they are the conditions themselves; `hole`: the pixels to draw, bool [H, W].
         """
         raise UserError(f"condition: weights trained by method {self.name} draw from no condition picture; leave it.")
 
-    @contextmanager
-    def disabled(self, family: Family) -> Iterator[None]:
-        """Inside, the family predicts as the base model does; raises NotImplementedError where it cannot."""
-        raise NotImplementedError(f"method {self.name} cannot be switched off in place")
-        yield
+    @abstractmethod
+    def disabled(self, family: Family) -> AbstractContextManager[None]:
+        """Inside, the family predicts as the base model does from the base model's text."""
 
     def nets(self) -> dict[str, dict[str, Any]]:
         """peft's configuration of every net that carries an adapter, for the manifest."""
@@ -104,11 +124,30 @@ class Method(ABC):
     def save(self, folder: Path, manifest: Manifest) -> None:
         """Write the adapted weights into the folder of an archive, beside its manifest."""
 
+    def save_diffusers(self, folder: Path, manifest: Manifest) -> None:
+        """Write the adapted weights as diffusers itself loads them from a folder."""
+        self.save(folder, manifest)
+        adapter = folder / artifact.ADAPTER
+        if adapter.is_file():
+            adapter.replace(folder / artifact.LORA_FILE)
+
+    @classmethod
+    def told_in(cls, header: Mapping[str, str]) -> dict[str, Any]:
+        """Settings without which the adapter cannot be used, from the header of an adapter.safetensors on its own."""
+        return {}
+
     @abstractmethod
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         """Put an opened archive's weights into `family`, for drawing. `detach` takes them out."""
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def merge(self, family: Family) -> str:
+        """Make the weights that `load` put in the family's own, for good: nothing is left to `detach`.
+
+        Returns the words by which a stock pipeline around the family calls the trigger. UserError where it cannot be.
+        """
+        raise UserError(f"weights trained by method {self.name} cannot be merged into a base model.")
+
+    def set_strength(self, family: Drawable, strength: float) -> None:
         """Scale the adapter's effect; 0 is the base model's denoiser. Raises UserError where there is no scale."""
         if strength != 1:
             raise UserError(f"lora_scale cannot change weights trained by method {self.name}: leave it at 1.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +19,30 @@ from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from preprocessing.prepared import PreparedDataset
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.branches import HOLE, Layout, Placement
 from trainer.condition_tasks import Task, blackened, task
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
 from trainer.methods.base import Method, ParameterGroup, weights_factor
 from trainer.methods.lora import WEIGHTS, weights_group
 from trainer.samples import Batch, Conditioning, Picture
 
 SOURCE = "source"  # beside condition_0, condition_1, ... in a sample's conditioning
+SETTINGS = "condition_settings"  # in the adapter's header
+TOLD = (
+    "condition_tasks",
+    "resolution",
+    "condition_resolution",
+    "position_scale",
+    "position_delta",
+    "independent_condition",
+    "token_integration",
+)
+ADDED = re.compile(rf"condition_\d+|{HOLE}|{SOURCE}")
 
 
 class Condition(Method):
@@ -42,7 +55,8 @@ class Condition(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.tasks: list[Task] = [task(name) for name in settings.condition_tasks]
-        self._family: Family | None = None
+        self._family: Drawable | None = None
+        self._start: Path | None = None
         self._nothing: dict[torch.Size, Tensor] = {}  # latents of black pictures, by shape
         if settings.token_integration and [type(one).__name__ for one in self.tasks] != ["Fill"]:
             raise UserError("token_integration is for condition_tasks fill alone: switch it off.")
@@ -52,6 +66,9 @@ class Condition(Method):
         """Whether conditions differ from step to step, and are encoded in training."""
         return any(one.random for one in self.tasks)
 
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
+
     def attach(self, family: Family) -> list[ParameterGroup]:
         settings, (net,) = self.settings, [net for net in family.nets if net.part == DENOISER]
         targets, unread = family.condition_layers()
@@ -59,6 +76,18 @@ class Condition(Method):
         pattern = settings.target_modules or targets
         module = family.module(net.name)
         check_pattern(pattern, module)
+        if self._start is not None:
+            config = adapters.saved_configs(self._start, family)[net.name]
+            tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
+            parameters = adapters.put_in(module, net.name, config, tensors)
+        else:
+            parameters = self._injected(module, pattern, unread)
+        family.add_branches(self.layout())
+        return [weights_group(settings, WEIGHTS, parameters)]
+
+    def _injected(self, module: nn.Module, pattern: str, unread: str) -> list[nn.Parameter]:
+        """The parameters of a fresh adapter."""
+        settings = self.settings
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
@@ -68,9 +97,7 @@ class Condition(Method):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            parameters = adapters.inject(module, config)
-        family.add_branches(self.layout())
-        return [weights_group(settings, WEIGHTS, parameters)]
+            return adapters.inject(module, config)
 
     def layout(self) -> Layout:
         """Where the conditions' tokens lie, and what they see."""
@@ -122,13 +149,13 @@ class Condition(Method):
             )
         return one.condition(_image(picture.conditions[index]), None)
 
-    def _sized(self, condition: Image.Image, one: Task, family: Family) -> Image.Image:
+    def _sized(self, condition: Image.Image, one: Task, family: Drawable) -> Image.Image:
         """A condition of the picture's size as small as it is trained."""
         stride, share = family.pixels_per_token, self._share(one)
         size = tuple(max(stride, round(side * share / stride) * stride) for side in condition.size)
         return condition if size == condition.size else condition.resize(size, Image.Resampling.LANCZOS)
 
-    def _latents(self, family: Family, conditions: list[Image.Image]) -> Tensor:
+    def _latents(self, family: Drawable, conditions: list[Image.Image]) -> Tensor:
         """[B, C, h, w]; of black pictures too, for dropout."""
         latents = family.encode_pixels(torch.stack([_tensor(one) for one in conditions]))
         shape = latents.shape[1:]
@@ -138,7 +165,7 @@ class Condition(Method):
         return latents
 
     @torch.no_grad()
-    def prepared(self, family: Family, batch: Batch) -> Batch:
+    def prepared(self, family: Family, batch: Batch, dropout: bool = True) -> Batch:
         """The batch with this step's random conditions, some of them dropped."""
         given = {name: value for name, value in batch.conditioning.items() if name != SOURCE}
         mask = batch.mask
@@ -158,7 +185,8 @@ class Condition(Method):
                     # the known tokens' velocity is told, not learned
                     mask = given[HOLE].repeat_interleave(2, 2).repeat_interleave(2, 3).float()
                     continue
-            given[name] = self._dropped(given[name], randoms)
+            if dropout:
+                given[name] = self._dropped(given[name], randoms)
         return replace(batch, conditioning=given, mask=mask)
 
     def _hole(self, one: Task, size: tuple[int, int], rng: random.Random, family: Family) -> np.ndarray | None:
@@ -176,8 +204,28 @@ class Condition(Method):
         nothing = self._nothing[latents.shape[1:]].to(latents)
         return torch.where(drop.view(-1, 1, 1, 1), nothing, latents)
 
+    def prompted(self, batch: Batch) -> Batch:
+        kept = {name: value for name, value in batch.conditioning.items() if not ADDED.fullmatch(name)}
+        return replace(batch, conditioning=kept)
+
+    def drawing_settings(self, dataset: PreparedDataset, picture: int, folder: Path, strength: float) -> dict[str, Any]:
+        """From the conditions of one of the data set's pictures; of a task with holes the right half is drawn."""
+        item = dataset.items[picture]
+        uploaded = [dataset.folder / path for path in item.conditions]
+        given: dict[str, Any] = {"condition_strength": strength}
+        given["condition"] = tuple(
+            uploaded[i] if one.paired and i < len(uploaded) else dataset.folder / item.image
+            for i, one in enumerate(self.tasks)
+        )
+        if any(_has_holes(one) for one in self.tasks):
+            given["mask"] = folder / "mask.png"
+            right = Image.new("L", item.size, 0)
+            right.paste(255, (item.size[0] // 2, 0, *item.size))
+            right.save(given["mask"])
+        return given
+
     def drawing_conditioning(
-        self, family: Family, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
+        self, family: Drawable, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
     ) -> Conditioning:
         """The conditions of a picture to be drawn, [1, C, h, w] each: made from `pictures` (RGB, of its size), or these
         themselves where they are `ready`.
@@ -187,7 +235,7 @@ class Condition(Method):
         given: Conditioning = {}
         for index, (one, picture) in enumerate(zip(self.tasks, pictures, strict=True)):
             made = picture if ready or one.paired else one.condition(picture, None)
-            filled = blackened(made, hole if type(one).hole is not Task.hole else None)
+            filled = blackened(made, hole if _has_holes(one) else None)
             given[f"condition_{index}"] = self._latents(family, [self._sized(filled, one, family)])
         if self.settings.token_integration:
             if hole is None:
@@ -198,7 +246,7 @@ class Condition(Method):
     def nets(self) -> dict[str, dict[str, Any]]:
         return adapters.net_configs(self._family, self._net_names(self._family))
 
-    def _net_names(self, family: Family) -> list[str]:
+    def _net_names(self, family: Drawable) -> list[str]:
         return [net.name for net in family.nets if net.part == DENOISER]
 
     def save(self, folder: Path, manifest: Manifest) -> None:
@@ -210,32 +258,46 @@ class Condition(Method):
             "position_scale": str(settings.position_scale or "auto"),
             "independent_condition": str(settings.independent_condition).lower(),
         }
+        told[SETTINGS] = json.dumps({name: value for name, value in manifest.settings.items() if name in TOLD})
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest) | told)
 
-    def load(self, folder: Path, family: Family) -> None:
+    @classmethod
+    def told_in(cls, header: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            stored = json.loads(header.get(SETTINGS, "{}"))
+            return {"method": cls.name} | {name: stored[name] for name in TOLD if name in stored}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError("The header of the weights is damaged: copy them again.") from error
+
+    def load(self, folder: Path, family: Drawable) -> None:
         configs = adapters.saved_configs(folder, family)
         family.condition_layers()
         self._family = family
         adapters.load_lora(folder, family, configs)
         family.add_branches(self.layout())
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         if self._family is None:
             return
         family.remove_branches()
         for name in self._net_names(family):
             adapters.remove(family.module(name))
-        self._family, self._nothing = None, {}
+        self._family = None
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def set_strength(self, family: Drawable, strength: float) -> None:
         for name in self._net_names(family):
             for layer in adapters.tuner_layers(family.module(name)):
                 layer.set_scale(adapters.ADAPTER, strength)
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
-        """Text and picture are on the base weights anyway."""
-        yield
+        """Text and picture are on the base weights anyway: without conditions it is the base model."""
+        with family.unconditioned():
+            yield
+
+
+def _has_holes(one: Task) -> bool:
+    return type(one).hole is not Task.hole
 
 
 def check_pattern(pattern: str, net: nn.Module) -> None:

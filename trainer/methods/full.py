@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Drawable, Family, Net
 from trainer.methods.adapters import adapted_nets, check_fit
 from trainer.methods.base import Method, ParameterGroup, trained_state, weights_factor
 from trainer.methods.lora import TEXT_WEIGHTS, WEIGHTS, weights_group
@@ -22,14 +24,19 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     trains_base_weights: ClassVar[bool] = True
+    has_strength: ClassVar[bool] = False
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = settings.train_text_encoder
-        self._family: Family | None = None
+        self._family: Drawable | None = None
         self._originals: dict[str, dict[str, Tensor]] = {}
+        self._start: Path | None = None
 
-    def _take(self, family: Family, name: str) -> nn.Module:
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
+
+    def _take(self, family: Drawable, name: str) -> nn.Module:
         module = family.module(name)
         self._family = family
         self._originals[name] = {key: p.detach().to("cpu", copy=True) for key, p in module.named_parameters()}
@@ -39,15 +46,32 @@ class Full(Method):
         found: dict[str, list] = {WEIGHTS: [], TEXT_WEIGHTS: []}
         names = adapted_nets(family, self.settings)
         for net in (net for net in family.nets if net.name in names):
-            module = self._take(family, net.name)
-            module.requires_grad_(True)
-            found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += module.parameters()
+            trained = trained_parameters(self._take(family, net.name), net)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
+            found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS] += trained.values()
+            if self._start is not None:
+                _fill(family.module(net.name), net, artifact.load_tensors(self._start / artifact.ADAPTER)[0])
         return [weights_group(self.settings, name, group) for name, group in found.items() if group]
 
     def schedule(self, progress: float) -> dict[str, float]:
         settings = self.settings
         factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
         return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """The base weights are copied in and the trained ones back: for now and then, not for every step."""
+        trained = {name: [p.data for p in family.module(name).parameters()] for name in self._originals}
+        try:
+            for name, original in self._originals.items():
+                for key, parameter in family.module(name).named_parameters():
+                    parameter.data = original[key].to(parameter.device)
+            yield
+        finally:
+            for name, values in trained.items():
+                for parameter, value in zip(family.module(name).parameters(), values, strict=True):
+                    parameter.data = value
 
     def save(self, folder: Path, manifest: Manifest) -> None:
         tensors = {}
@@ -56,23 +80,43 @@ class Full(Method):
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def save_diffusers(self, folder: Path, manifest: Manifest) -> None:
+        for name in self._originals:
+            self._family.module(name).save_pretrained(folder / name)
+
+    def load(self, folder: Path, family: Drawable) -> None:
         tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         names = {key.split(".", 1)[0] for key in tensors}
-        for name in sorted(names & {net.name for net in family.nets}):
-            module = self._take(family, name)
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            check_fit(name, state, dict(module.named_parameters()))
-            with torch.no_grad():
-                for key, parameter in module.named_parameters():
-                    parameter.copy_(state[key])
+        for net in (net for net in family.nets if net.name in names):
+            _fill(self._take(family, net.name), net, tensors)
+
+    def merge(self, family: Family) -> str:
+        self._originals = {}
+        return self.settings.trigger_word
 
     @torch.no_grad()
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         for name, original in self._originals.items():
             module = family.module(name).requires_grad_(False)
             for key, parameter in module.named_parameters():
                 parameter.grad = None
                 parameter.data = original[key].to(parameter.device)
         self._originals = {}
+
+
+def trained_parameters(module: nn.Module, net: Net) -> dict[str, nn.Parameter]:
+    """The parameters of a net by name, without its statistics of the data."""
+    return {name: p for name, p in module.named_parameters() if name not in net.fixed}
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, net: Net, tensors: dict[str, Tensor]) -> None:
+    """Give `net`, which is `module`, an archive's weights for it, if there are any; UserError where they do not fit."""
+    prefix = f"{net.name}."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if not state:
+        return
+    trained = trained_parameters(module, net)
+    check_fit(net.name, state, trained)
+    for key, parameter in trained.items():
+        parameter.copy_(state[key])

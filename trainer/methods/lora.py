@@ -13,11 +13,12 @@ from torch import Tensor
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import DENOISER, Family
+from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
 from trainer.methods.base import Method, ParameterGroup, weights_factor
 
 WEIGHTS, TEXT_WEIGHTS = "weights", "text_weights"
+ATTENTION = "attention"  # the layers of a net that the weights that training starts from leave alone
 
 
 class Lora(Method):
@@ -28,9 +29,13 @@ class Lora(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = settings.train_text_encoder
-        self._family: Family | None = None
+        self._family: Drawable | None = None
         self._nets: list[str] = []
         self._matrices: list[Tensor] = []
+        self._start: Path | None = None
+
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
 
     def attach(self, family: Family) -> list[ParameterGroup]:
         self._family, self._nets = family, adapters.adapted_nets(family, self.settings)
@@ -38,12 +43,22 @@ class Lora(Method):
 
     def _attach_weights(self, family: Family) -> list[ParameterGroup]:
         found: dict[str, list] = {WEIGHTS: [], TEXT_WEIGHTS: []}
+        configs, tensors = {}, {}
+        if self._start is not None and (configs := adapters.saved_configs(self._start, family)):
+            tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             for net in (net for net in family.nets if net.name in self._nets):
-                config = adapters.lora_config(self.settings, net.targets[self.settings.lora_targets])
-                group = WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS
-                found[group] += adapters.inject(family.module(net.name), config)
+                group = found[WEIGHTS if net.part == DENOISER else TEXT_WEIGHTS]
+                module, preset = family.module(net.name), self.settings.lora_targets
+                if net.name not in configs:
+                    group += adapters.inject(
+                        module, adapters.lora_config(self.settings, net.targets[preset or ATTENTION])
+                    )
+                    continue
+                if preset is not None:
+                    adapters.check_layers(net, module, tensors, preset)
+                group += adapters.put_in(module, net.name, configs[net.name], tensors)
         self._matrices = [p for group in found.values() for p in group if p.ndim > 1]
         return [weights_group(self.settings, name, group) for name, group in found.items() if group]
 
@@ -76,17 +91,23 @@ class Lora(Method):
         tensors = adapters.lora_state(self._family, self._nets)
         artifact.save_tensors(folder / artifact.ADAPTER, tensors, artifact.adapter_header(tensors, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         configs = adapters.saved_configs(folder, family)
         self._family, self._nets = family, list(configs)  # before anything is put in, so that it can be taken out
         adapters.load_lora(folder, family, configs)
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         for name in self._nets:
             adapters.remove(family.module(name))
         self._family, self._nets, self._matrices = None, [], []
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def merge(self, family: Family) -> str:
+        for name in self._nets:
+            adapters.merge(family.module(name))
+        self._family, self._nets, self._matrices = None, [], []
+        return self.settings.trigger_word
+
+    def set_strength(self, family: Drawable, strength: float) -> None:
         for name in self._nets:
             adapters.set_scale(family.module(name), strength)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import Drawable, Family
 from trainer.methods.base import Method, ParameterGroup
 from trainer.methods.lora import Lora
 from trainer.methods.textual_inversion import TOKENS, TextualInversion
@@ -29,6 +29,10 @@ class Pivotal(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self._tokens, self._lora = TextualInversion(settings), Lora(settings)
+
+    def begin_from(self, folder: Path) -> None:
+        self._lora.begin_from(folder)
+        self._tokens.begin_from(folder)
 
     def attach(self, family: Family) -> list[ParameterGroup]:
         return [*self._lora.attach(family), *self._tokens.attach(family)]
@@ -60,13 +64,18 @@ class Pivotal(Method):
         self._lora.save(folder, manifest)
         self._tokens.save(folder, manifest)
 
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         self._lora.load(folder, family)
         self._tokens.load(folder, family)
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         self._tokens.detach(family)
         self._lora.detach(family)
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def merge(self, family: Family) -> str:
+        words = self._tokens.merge(family)
+        self._lora.merge(family)
+        return words
+
+    def set_strength(self, family: Drawable, strength: float) -> None:
         self._lora.set_strength(family, strength)

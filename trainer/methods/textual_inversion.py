@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
-from trainer.families.base import Family
+from trainer.families.base import Drawable, Family
 from trainer.methods.base import Method, ParameterGroup
 from trainer.methods.tokens import NewTokens, token_names
 
@@ -27,10 +29,17 @@ class TextualInversion(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self._tokens = NewTokens(settings.trigger_word, token_names(settings.n_tokens))
+        self._start: Path | None = None
+
+    def begin_from(self, folder: Path) -> None:
+        self._start = folder
 
     def attach(self, family: Family) -> list[ParameterGroup]:
         settings = self.settings
-        self._tokens.attach(family, settings.class_word, settings.seed)
+        values = None
+        if self._start is not None and (self._start / artifact.EMBEDDINGS).is_file():
+            values, _ = artifact.load_tensors(self._start / artifact.EMBEDDINGS)
+        self._tokens.attach(family, settings.class_word, settings.seed, values)
         # no decay: it would pull the rows to zero, away from the vocabulary they belong to
         return [
             ParameterGroup(
@@ -45,6 +54,11 @@ class TextualInversion(Method):
         weight = self.settings.token_std_penalty
         return weight * self._tokens.spread_penalty() if weight else 0.0
 
+    @contextmanager
+    def disabled(self, family: Family) -> Iterator[None]:
+        """No weight differs from the base model's."""
+        yield
+
     def words(self, captions: list[str]) -> list[str]:
         return self._tokens.words(captions)
 
@@ -55,12 +69,15 @@ class TextualInversion(Method):
         rows = self._tokens.rows()
         artifact.save_tensors(folder / artifact.EMBEDDINGS, rows, artifact.adapter_header(rows, manifest))
 
-    def load(self, folder: Path, family: Family) -> None:
+    def load(self, folder: Path, family: Drawable) -> None:
         values, _ = artifact.load_tensors(folder / artifact.EMBEDDINGS)
         self._tokens.attach(family, "", self.settings.seed, values)
 
-    def detach(self, family: Family) -> None:
+    def detach(self, family: Drawable) -> None:
         self._tokens.detach(family)
 
-    def set_strength(self, family: Family, strength: float) -> None:
+    def merge(self, family: Family) -> str:
+        return self._tokens.merge(family, self.settings.trigger_word)
+
+    def set_strength(self, family: Drawable, strength: float) -> None:
         """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""

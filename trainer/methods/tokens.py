@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import TrainableTokensConfig
 from torch import Tensor, nn
+from transformers import AddedToken
 
 from preprocessing.errors import UserError
 from preprocessing.trigger import trigger_pattern
@@ -87,6 +88,30 @@ class NewTokens:
             embedding.num_embeddings = encoder.config.vocab_size = len(part.original_weight)
             family.replace_tokenizer(part.tower.name, part.original_tokenizer)
         self._towers = []
+
+    def merge(self, family: Family, trigger: str) -> str:
+        """Make the rows part of the vocabularies for good, under names by which stock diffusers finds them.
+
+        A pipeline of diffusers replaces a token `TOK` by `TOK TOK_1 TOK_2` where its tokenizer has these, so that the
+        trigger alone is the prompt's word. Returns that word: `<trigger>` where the trigger is a token already.
+        """
+        vocabularies = [part.original_tokenizer.get_vocab() for part in self._towers]
+        word = trigger if not any(trigger in one for one in vocabularies) else f"<{trigger}>"
+        names = [word, *(f"{word}_{i}" for i in range(1, len(self.names)))]
+        for part in self._towers:
+            encoder, tokenizer, rows = part.tower.encoder, copy.deepcopy(part.original_tokenizer), part.rows.detach()
+            exact = [AddedToken(name, single_word=True, normalized=False) for name in names]
+            if tokenizer.add_tokens(exact) != len(names):
+                raise UserError(f"Some of the tokens {names} are already words of the base model: train with another.")
+            remove(encoder)
+            weight = encoder.get_input_embeddings().weight
+            with torch.no_grad():
+                weight[tokenizer.convert_tokens_to_ids(names)] = rows.to(weight)
+            # configs of old say 2 and pool the text at its largest id, which is now a new token's
+            encoder.config.eos_token_id = tokenizer.eos_token_id
+            family.replace_tokenizer(part.tower.name, tokenizer)
+        self._towers = []
+        return word
 
     @property
     def parameters(self) -> list[nn.Parameter]:

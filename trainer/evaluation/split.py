@@ -1,0 +1,60 @@
+"""Which pictures are kept from training, so that the adapter can be judged by what it has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from preprocessing.prepared import PreparedDataset
+from preprocessing.quality import near_duplicates
+from trainer.config import JobSettings
+from trainer.draws import generator
+
+FEWEST = 8  # of fewer pictures none can be spared: cross-validation
+# Of the pictures, those kept from training: few, since each one is missed (docs/evaluation.md); at least, at most.
+SHARE, LEAST, MOST = 0.1, 1, 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """Picture indices. `held_out` are never trained on. `folds` are the other way: each is left out of one further run,
+    and together they are all pictures. Both are empty where nothing is judged by unseen pictures.
+    """
+
+    held_out: tuple[int, ...] = ()
+    folds: tuple[tuple[int, ...], ...] = ()
+
+
+def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
+    """The split that the settings ask for, the same for the same pictures, settings and seed.
+
+    Crops of one picture and near-duplicates stay together, for a picture whose like is trained on is not unseen.
+    """
+    groups = _groups(dataset)
+    order = torch.randperm(len(groups), generator=generator(settings.seed, "split")).tolist()
+    shuffled = [groups[i] for i in order]
+    if settings.holdout is None and len(groups) < FEWEST:
+        count = min(settings.validation_folds, len(groups))
+        folds = tuple(tuple(sorted(i for group in shuffled[k::count] for i in group)) for k in range(count))
+        return Split(folds=folds) if count > 1 else Split()
+    wanted = settings.holdout
+    if wanted is None:
+        wanted = min(MOST, max(LEAST, round(SHARE * len(groups))))
+    # one group at least is left to train on
+    return Split(held_out=tuple(sorted(i for group in shuffled[: min(wanted, len(groups) - 1)] for i in group)))
+
+
+def _groups(dataset: PreparedDataset) -> list[list[int]]:
+    """Indices of items that must not be parted, in order of their first."""
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(dataset.items):
+        places.setdefault(item.source, []).append(index)
+    # the hash of a picture of one colour says nothing
+    told = [name for name, indices in places.items() if dataset.items[indices[0]].blur is not None]
+    hashes = [int(dataset.items[places[name][0]].perceptual_hash or "0", 16) for name in told]
+    for group in near_duplicates(hashes):
+        first, *others = (told[i] for i in group)
+        for other in others:
+            places[first] += places.pop(other)
+    return [sorted(indices) for indices in places.values()]

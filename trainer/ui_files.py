@@ -1,0 +1,65 @@
+"""The weights as ComfyUI, A1111, Forge and diffusers' own loaders read them: the folder comfyui/ of an archive.
+
+    adapter.safetensors                     LoRA in kohya's keys (trainer.kohya)
+    embeddings/TOK.safetensors              the new tokens; these programs call an embedding by its file's name
+    adapter_with_embeddings.safetensors     both in one file, the tokens under bundle_emb.TOK.: A1111 reads it as a
+                                            LoRA, ComfyUI as a LoRA and, in its folder of embeddings, as an embedding
+
+diffusers' LoRA loader knows no bundle_emb keys, so that the plain files are written beside the bundle.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer import artifact, kohya
+from trainer.artifact import Manifest
+from trainer.families.base import Family
+from trainer.methods import METHODS
+
+FOLDER, LORA, BUNDLED, EMBEDDING_FOLDER = "comfyui", "adapter", "adapter_with_embeddings", "embeddings"
+BUNDLE = "bundle_emb"  # bundle_emb.<name>.<key of the embedding file>
+
+
+def embedding_name(trigger: str) -> str:
+    """The trigger word as a file's name, by which ComfyUI and A1111 call an embedding: letters, digits, "_", "-"."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", trigger).lstrip("-")[:64] or "embedding"
+
+
+def write(
+    folder: Path, family: Family, manifest: Manifest, tensors: dict[str, Tensor], rows: dict[str, Tensor]
+) -> None:
+    """Write LoRA `tensors` (keys as in adapter.safetensors) and `rows` (as in embeddings.safetensors) into `folder`.
+
+    Either may be empty; the bundle is written where there are both. Nothing is for a family that these programs load no
+    adapters for, nor for a method whose adapters they would let act elsewhere. Raises as `Family.export_comfyui` does.
+    """
+    if not family.ui_files or METHODS[manifest.method].draws_from_conditions:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    name, lora = embedding_name(manifest.trigger_word), folder / f"{LORA}.safetensors"
+    if tensors:
+        family.export_comfyui(lora, tensors, manifest)
+    if not rows:
+        return
+    keys = {key: family.ui_embedding_keys.get(key, (key, key)) for key in rows}
+    (folder / EMBEDDING_FOLDER).mkdir(exist_ok=True)
+    artifact.save_tensors(
+        folder / EMBEDDING_FOLDER / f"{name}.safetensors",
+        {keys[key][0]: value for key, value in rows.items()},
+        embedding_header(rows, manifest, family.describe().get("prediction_type")),
+    )
+    if tensors:
+        stored, header = artifact.load_tensors(lora)
+        stored |= {f"{BUNDLE}.{name}.{keys[key][1]}": value for key, value in rows.items()}
+        hashes = dict.fromkeys(artifact.HASHES.keys() & header.keys(), artifact.HASH_TO_COME)
+        artifact.save_tensors(folder / f"{BUNDLED}.safetensors", stored, header | hashes)
+
+
+def embedding_header(rows: dict[str, Tensor], manifest: Manifest, prediction_type: str | None) -> dict[str, str]:
+    """What model managers read from the header of an embedding file."""
+    width = sum(value.shape[1] for value in rows.values())
+    return kohya.modelspec(manifest, prediction_type) | kohya.architecture(width, "textual-inversion", prediction_type)
