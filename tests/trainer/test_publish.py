@@ -195,6 +195,7 @@ def test_what_cannot_come_to_anything_is_told_before_training(settings, monkeypa
     ("tiny_model", "variant", "place"),
     [
         ("xl", "pivotal", "hub"),
+        ("flux", "pivotal", "archive"),
         pytest.param("xl", "pivotal dora", "archive", marks=pytest.mark.slow),
         pytest.param("sd", "pivotal", "archive", marks=pytest.mark.slow),
         pytest.param("sd", "lora", "hub", marks=pytest.mark.slow),
@@ -218,6 +219,7 @@ def test_the_cards_python_draws_what_we_draw(variant, place, finished, tiny_mode
         '"me/robot", weight': f'"{where}", weight',
         '"trained_model': f'"{where}',
         ".float16": ".float32",
+        ".bfloat16": ".float32",
         '.to("cuda")': "",
         ").images[0]": ", generator=torch.Generator().manual_seed(4), **CALL).images[0]",
     }.items():

@@ -217,7 +217,7 @@ class Condition(Method):
             uploaded[i] if one.paired and i < len(uploaded) else dataset.folder / item.image
             for i, one in enumerate(self.tasks)
         )
-        if any(_has_holes(one) for one in self.tasks):
+        if any(one.has_holes for one in self.tasks):
             given["mask"] = folder / "mask.png"
             right = Image.new("L", item.size, 0)
             right.paste(255, (item.size[0] // 2, 0, *item.size))
@@ -235,7 +235,7 @@ class Condition(Method):
         given: Conditioning = {}
         for index, (one, picture) in enumerate(zip(self.tasks, pictures, strict=True)):
             made = picture if ready or one.paired else one.condition(picture, None)
-            filled = blackened(made, hole if _has_holes(one) else None)
+            filled = blackened(made, hole if one.has_holes else None)
             given[f"condition_{index}"] = self._latents(family, [self._sized(filled, one, family)])
         if self.settings.token_integration:
             if hole is None:
@@ -294,10 +294,6 @@ class Condition(Method):
         """Text and picture are on the base weights anyway: without conditions it is the base model."""
         with family.unconditioned():
             yield
-
-
-def _has_holes(one: Task) -> bool:
-    return type(one).hole is not Task.hole
 
 
 def check_pattern(pattern: str, net: nn.Module) -> None:
