@@ -20,7 +20,7 @@ from PIL import Image
 
 import train
 from preprocessing.errors import UserError
-from tests.trainer.pictures import CALL, drawn, pixels
+from tests.trainer.pictures import call_of, drawn, pixels
 from trainer import artifact, delivery, hub, job, model_card, publish
 from trainer.generate import Generator
 from trainer.model_card import Place
@@ -221,10 +221,10 @@ def test_the_cards_python_draws_what_we_draw(variant, place, finished, tiny_mode
         ".float16": ".float32",
         ".bfloat16": ".float32",
         '.to("cuda")': "",
-        ").images[0]": ", generator=torch.Generator().manual_seed(4), **CALL).images[0]",
+        ").images[0]": ", generator=torch.Generator().manual_seed(4), **call_of(pipe)).images[0]",
     }.items():
         code = code.replace(written, here)
-    values: dict[str, Any] = {"CALL": CALL}
+    values: dict[str, Any] = {"call_of": call_of}
     exec(code, values)
     generator = Generator(str(tiny_model), "cpu")
     generator.use(folder)
