@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from preprocessing.errors import UserError
 from trainer import artifact, delivery, export, job, methods, start
@@ -127,11 +127,19 @@ def weights(asked, lab, dataset, tmp_path) -> Path:
 
 
 @FLUX
-def test_a_job_goes_on_from_conditioned_weights(weights, conditioned, dataset, train_on, tmp_path):
-    given = {"init_adapter": str(weights), "output_dir": tmp_path / "on", "lora_rank": None, "learning_rate": 0.0}
-    trained = train_on(job.fill(conditioned(**given, independent_condition=True)), dataset)
-    before = load_file(weights / artifact.ADAPTER)
+@pytest.mark.parametrize("bare", [False, True], ids=["archive", "a file that says nothing of itself"])
+def test_a_job_goes_on_from_conditioned_weights(bare, weights, conditioned, dataset, train_on, tmp_path):
+    source, before = weights, load_file(weights / artifact.ADAPTER)
+    if bare:
+        source = tmp_path / "bare.safetensors"
+        save_file(before, source)
+    given = {"init_adapter": str(source), "output_dir": tmp_path / "on", "lora_rank": None, "learning_rate": 0.0}
+    settings = job.fill(conditioned(**given, independent_condition=True, max_train_steps=1))
+    trained = train_on(settings, dataset)
+    assert before.keys() == trained.tensors.keys()
     assert all(torch.equal(trained.tensors[key], value) for key, value in before.items())
+    with pytest.raises(UserError, match="target_modules does not agree"):
+        train_on(settings.model_copy(update={"target_modules": r".*\.attn\.to_q"}), dataset)
 
 
 @FLUX

@@ -79,6 +79,9 @@ class Condition(Method):
         if self._start is not None:
             config = adapters.saved_configs(self._start, family)[net.name]
             tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
+            given = {key.removeprefix(f"{net.name}.").partition(".lora_")[0] for key in tensors}
+            if settings.target_modules and not all(re.fullmatch(pattern, name) for name in given):
+                raise UserError("target_modules does not agree with init_adapter: leave it out.")
             parameters = adapters.put_in(module, net.name, config, tensors)
         else:
             parameters = self._injected(module, pattern, unread)
