@@ -201,10 +201,13 @@ class Generator:
         return prompt
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:
-        if settings.negative_prompt:
-            encoded = self.family.encode_text(self._words([settings.negative_prompt]))
-        else:
-            encoded = self.family.null_conditioning()
+        with ExitStack() as stack:
+            for method in self._methods:
+                stack.enter_context(method.reading_negatives(self.family))
+            if settings.negative_prompt:
+                encoded = self.family.encode_text(self._words([settings.negative_prompt]))
+            else:
+                encoded = self.family.null_conditioning()
         return {name: value.expand(count, *value.shape[1:]) for name, value in encoded.items()}
 
 

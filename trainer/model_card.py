@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from trainer import artifact, families, hub, ui_files
+from trainer import artifact, families, hub, methods, ui_files
 from trainer.artifact import Manifest
 from trainer.report import Preview
 
@@ -35,7 +35,13 @@ SHOWN = (
     "seed",
     "init_adapter",
 )
-KINDS = {"textual_inversion": "textual-inversion", "full": "full-finetune", "pivotal": "lora", "lora": "lora"}
+KINDS = {
+    "textual_inversion": "textual-inversion",
+    "full": "full-finetune",
+    "pivotal": "lora",
+    "lora": "lora",
+    "prefix": "prompt-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def _what(manifest: Manifest) -> str:
         "lora": "A LoRA",
         "textual_inversion": "New token embeddings",
         "full": "A full fine-tune",
+        "prefix": "A prefix (vectors before the text encoder's input)",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""
     subject = f", a {manifest.class_word}" if manifest.class_word else ""
@@ -143,6 +150,8 @@ def _pictures(previews: list[Preview]) -> str:
 
 
 def _diffusers(manifest: Manifest, place: Place) -> str:
+    if not methods.METHODS[manifest.method].in_stock_pipelines:
+        return "Diffusers has no place for these weights in its pipelines: Atelier draws with them, as below."
     if manifest.method == "full" and families.INDEX not in place.files:
         return (
             "The weights are whole nets; this makes a folder that `DiffusionPipeline.from_pretrained` loads:\n\n"

@@ -103,8 +103,7 @@ class TrainStep(nn.Module):
             return encoded
         # the null conditioning need not be the encoding of "" (SDXL's is zeros), so it is put in its place
         dropped = torch.tensor([caption == "" for caption in captions], device=self._family.device)
-        # the base model's serves too where its text encoders are not trained themselves
-        null = self._family.null_conditioning() if self._settings.train_text_encoder else self._text[""]
+        null = self._family.null_conditioning() if self._method.changes_null else self._text[""]
         return {
             name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
             for name, value in encoded.items()
@@ -125,7 +124,7 @@ class TrainStep(nn.Module):
         base_text = lookup(self._text, prompts)
         with torch.no_grad(), self._method.disabled(family):
             target = family.predict(noisy, t, fixed | base_text)
-        text = family.encode_text(prompts) if self._settings.train_text_encoder else base_text
+        text = family.encode_text(prompts) if self._method.changes_text else base_text
         error = (family.predict(noisy, t, fixed | text) - target).square().flatten(1).mean(dim=1)
         # by the batch's size, not by how many were kept, so that processes and accumulation average to the same
         return error.sum() * PRESERVED_EVERY / len(batch.captions)

@@ -51,6 +51,17 @@ class TextTower:
     name: str
     embedding_key: str
 
+    @property
+    def begin(self) -> int:
+        """How many tokens the tokenizer puts before every text: 1 for CLIP's, 0 for T5's and Qwen's."""
+        ids = self.tokenizer("").input_ids
+        return int(len(ids) > 0 and ids[0] == self.tokenizer.bos_token_id)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the encoder reads at the most; None where its positions are relative (T5)."""
+        return getattr(self.encoder.config, "max_position_embeddings", None)
+
 
 def quoted(text: str) -> str:
     """A string as Python and JSON write it: a trigger word may hold quotation marks."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
-from trainer.families.base import Drawable, Family
+from trainer.families.base import Drawable, Family, TextTower
 
 
 @dataclass
@@ -38,6 +39,9 @@ class Method(ABC):
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
     has_strength: ClassVar[bool] = True  # whether `set_strength` takes other values than 1
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
+    changes_text: bool = False  # whether prompts without the trigger are encoded otherwise than before
+    changes_null: bool = False  # whether no caption is, too
+    in_stock_pipelines: ClassVar[bool] = True  # whether other programs have a place for such weights
 
     def __init__(self, settings: JobSettings):
         self.settings = settings
@@ -68,6 +72,15 @@ class Method(ABC):
     def words(self, captions: list[str]) -> list[str]:
         """Captions as the text encoders should read them."""
         return captions
+
+    @contextmanager
+    def reading_negatives(self, family: Drawable) -> Iterator[None]:
+        """Inside, what guidance leads away from is encoded: a negative prompt, or no caption."""
+        yield
+
+    def reserved(self, tower: TextTower) -> int:
+        """How many of the tokens that a text encoder reads are not the caption's."""
+        return 0
 
     @abstractmethod
     def disabled(self, family: Family) -> AbstractContextManager[None]:
