@@ -142,7 +142,8 @@ class Studio:
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
-        for name, path in (("image", settings.image), ("mask", settings.mask)):
+        conditions = (("condition", path) for path in settings.condition or ())
+        for name, path in (("image", settings.image), ("mask", settings.mask), *conditions):
             if path and not path.is_file():
                 raise UserError(f"{name} {path} does not exist: give the path of a picture")
         generator = self.ready(Wanted(**settings.model_dump(include={field.name for field in fields(Wanted)})))
@@ -218,6 +219,9 @@ class Predictor(BaseRunner):
         image: Optional[Path] = Input(default=None, description="Picture to start from (img2img)."),
         mask: Optional[Path] = Input(default=None, description="As large as image: white is drawn anew (inpainting)."),
         prompt_strength: float = Input(default=0.8, ge=0, le=1, description="With an image: 1 draws over all of it."),
+        condition: Optional[Path] = Input(default=None, description="Picture to draw from (weights of that method)."),
+        condition_ready: bool = Input(default=False, description="It is edges, greys, ... already."),
+        condition_strength: float = Input(default=1.0, ge=0, le=10, description="Weight of it; 0 hides it."),
     ) -> List[Path]:
         """Draw; settings that are not given take the base model's values."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
@@ -226,6 +230,7 @@ class Predictor(BaseRunner):
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""
+        inputs["condition"] = None if inputs["condition"] is None else (inputs["condition"],)
         places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)

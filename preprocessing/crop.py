@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preprocessing import masks, quality
@@ -23,7 +23,7 @@ from preprocessing.pictures import Picture, UnreadablePicture, decode
 from preprocessing.prepared import Reject
 
 PNG_LEVEL = 1  # these files are read soon and often and kept briefly
-WORK, IMAGES, MASKS = "work", "images", "masks"
+WORK, IMAGES, MASKS, CONDITIONS = "work", "images", "masks", "conditions"
 NAME_LENGTH = 24  # hexadecimal digits of a hash in a file name
 MUCH = 0.1  # a larger share of a picture than this that is cut away is told
 SUFFIXES = {
@@ -38,12 +38,15 @@ SUFFIXES = {
 
 @dataclass(frozen=True)
 class Task:
-    """A picture of the upload: its name, its bytes or where they lie, the user's mask, and one that was found."""
+    """A picture of the upload: its name, its bytes or where they lie, the user's mask, one that was found, and the
+    user's conditions.
+    """
 
     name: str
     content: Path | bytes
     mask: Path | None = None
     found_mask: Path | None = None
+    conditions: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Crop(BaseModel):
 
     image: str
     mask: str | None
-    digest: str  # SHA-256 of pixels and mask
+    conditions: tuple[str, ...] = ()
+    digest: str  # SHA-256 of pixels, mask and conditions
     size: tuple[int, int]
     resized_size: tuple[int, int]
     crop: tuple[int, int]
@@ -128,10 +132,10 @@ def is_finished(task: Task, place: Place) -> bool:
 
 
 def key_of(task: Task, place: Place) -> str:
-    """The name of everything that is made of the picture: by content, mask, ending and settings."""
+    """The name of everything that is made of the picture: by content, mask, conditions, ending and settings."""
     digest = hashlib.sha256(place.settings_hash.encode())
     digest.update(PurePosixPath(task.name).suffix.lower().encode() + b"\0")
-    for content in (task.content, task.mask):
+    for content in (task.content, task.mask, *task.conditions):
         digest.update(_content_hash(content) if content is not None else bytes(32))
     return digest.hexdigest()[:NAME_LENGTH]
 
@@ -150,7 +154,7 @@ def _finished(key: str, place: Place) -> Cropped | None:
         try:
             cropped = Cropped.model_validate_json(record.read_bytes())
             for crop in cropped.crops:
-                if digest_of(folder, crop.image, crop.mask) != crop.digest:
+                if digest_of(folder, crop.image, crop.mask, crop.conditions) != crop.digest:
                     break
             else:
                 if folder != place.folder:
@@ -168,6 +172,7 @@ def _files(cropped: Cropped) -> Iterator[str]:
         yield crop.image
         if crop.mask:
             yield crop.mask
+        yield from crop.conditions
 
 
 def _link(source: Path, target: Path) -> None:
@@ -189,7 +194,8 @@ def _cropped(task: Task, place: Place, key: str) -> Cropped:
     notes = [*_name_note(task.name, picture), *picture.notes, *notes]
     box = masks.box_of(mask) if mask is not None and place.crops_to_mask else None
     fits = _fits(picture.rgb.size, place, box)
-    crops = [_written(picture, mask, fitted, (key, place)) for fitted in fits]
+    conditions = [_condition(path, picture.rgb.size) for path in task.conditions]
+    crops = [_written(picture, (mask, conditions), fitted, (key, place)) for fitted in fits]
     notes += _size_notes(fits[0], place)
     with Image.open(place.folder / crops[0].image) as image:
         shown = image.convert("RGB")
@@ -280,8 +286,22 @@ def pending_path(crop: Crop, place: Place) -> Path:
     return place.folder / WORK / f"{Path(crop.image).stem}.small.png"
 
 
-def _written(picture: Picture, mask: Image.Image | None, fitted: Fit, where: tuple[str, Place]) -> Crop:
-    key, place = where
+def _condition(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A condition of a picture of `size`: of that size where it has the picture's shape, else a picture by itself."""
+    try:
+        condition = decode(path).rgb
+    except UnreadablePicture as error:
+        raise UnreadablePicture(f"its condition is {error}") from error
+    if abs(condition.width * size[1] / (condition.height * size[0]) - 1) > masks.RATIO_SLACK:
+        return condition
+    return condition if condition.size == size else condition.resize(size, Image.Resampling.LANCZOS)
+
+
+def _written(
+    picture: Picture, beside: tuple[Image.Image | None, list[Image.Image]], fitted: Fit, where: tuple[str, Place]
+) -> Crop:
+    """The files of one crop; `beside` the picture are its mask and its conditions."""
+    (mask, conditions), (key, place) = beside, where
     name = "{}-{}x{}.png".format(key, *fitted.size)
     image, mask_name = f"{IMAGES}/{name}", None
     save(fitted.apply(picture.rgb), place.folder / image)
@@ -293,10 +313,15 @@ def _written(picture: Picture, mask: Image.Image | None, fitted: Fit, where: tup
             least = round(255 * place.mask_background)
             smooth = smooth.point(lambda value: max(least, value))
         save(smooth, place.folder / mask_name)
+    names = tuple(f"{CONDITIONS}/{number}-{name}" for number in range(len(conditions)))
+    for condition, path in zip(conditions, names, strict=True):
+        same = condition.size == picture.rgb.size
+        save(fitted.apply(condition) if same else ImageOps.fit(condition, fitted.size), place.folder / path)
     crop = Crop(
         image=image,
         mask=mask_name,
-        digest=digest_of(place.folder, image, mask_name),
+        conditions=names,
+        digest=digest_of(place.folder, image, mask_name, names),
         size=fitted.size,
         resized_size=fitted.resized,
         crop=fitted.crop,
@@ -325,13 +350,13 @@ def finish(cropped: Cropped, key: str, place: Place) -> None:
     temporary.replace(path)
 
 
-def digest_of(folder: Path, image: str, mask: str | None) -> str:
-    """SHA-256 (hex) of the pixels of a crop and its mask as they lie in `folder`.
+def digest_of(folder: Path, image: str, mask: str | None, conditions: tuple[str, ...] = ()) -> str:
+    """SHA-256 (hex) of the pixels of a crop, its mask and its conditions as they lie in `folder`.
 
     Of pixels and not of files, so that another PNG compressor makes no difference.
     """
     digest = hashlib.sha256()
-    for name in (image, mask):
+    for name in (image, mask, *conditions):
         pixels = b""
         if name is not None:
             with Image.open(folder / name) as opened:

@@ -36,7 +36,9 @@ def is_intact(dataset: PreparedDataset) -> bool:
     """
     if dataset.dataset_hash != dataset_hash(dataset.items):
         return False
-    return all(digest_of(dataset.folder, item.image, item.mask) == item.digest for item in dataset.items)
+    return all(
+        digest_of(dataset.folder, item.image, item.mask, item.conditions) == item.digest for item in dataset.items
+    )
 
 
 def crops_hash(settings: PrepareSettings, stride: int) -> str:

@@ -258,7 +258,9 @@ def _enlarged(small: list[Done], settings: PrepareSettings, place: Place, report
                     with Image.open(path) as image:
                         save(upscaler.enlarge(image.convert("RGB"), crop.size), place.folder / crop.image)
                     path.unlink()
-                    crop = crop.model_copy(update={"digest": digest_of(place.folder, crop.image, crop.mask)})
+                    crop = crop.model_copy(
+                        update={"digest": digest_of(place.folder, crop.image, crop.mask, crop.conditions)}
+                    )
                 crops.append(crop)
             finished[done.name] = done.result.model_copy(update={"crops": tuple(crops)})
             by_key[done.key] = finished[done.name]
@@ -272,6 +274,7 @@ def _item(picture: Finished, crop: Crop, caption: Caption, repeats: int) -> Prep
     return PreparedItem(
         image=crop.image,
         mask=crop.mask,
+        conditions=crop.conditions,
         caption=caption.trained,
         original_caption=caption.original,
         caption_source=caption.source,
@@ -297,6 +300,7 @@ def merge(parts: Sequence[PreparedDataset], folder: Path) -> PreparedDataset:
                 "source": f"{part.folder.name}/{item.source}",
                 "image": f"{part.folder.name}/{item.image}",
                 "mask": f"{part.folder.name}/{item.mask}" if item.mask else None,
+                "conditions": tuple(f"{part.folder.name}/{path}" for path in item.conditions),
             }
         )
         for part in parts

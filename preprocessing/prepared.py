@@ -4,6 +4,7 @@
 <folder>/captions.jsonl     every caption as it is trained and as it was said; an upload may bring it back
 <folder>/images/*.png       RGB, exactly the size of its bucket
 <folder>/masks/*.png        "L", the same size; only where there is a mask
+<folder>/conditions/*.png   RGB, the same size; only where the upload has conditions
 <folder>/work/              what lets the next run use finished work again
 """
 
@@ -25,6 +26,7 @@ class PreparedItem(BaseModel):
 
     image: str  # path inside the folder
     mask: str | None = None
+    conditions: tuple[str, ...] = ()  # pictures uploaded beside it to draw it from, of the same size
     caption: str  # what is trained, the trigger in it
     original_caption: str | None = None  # as the user or the captioner wrote it
     caption_source: str  # "user", "none" or the captioner's name
@@ -38,7 +40,7 @@ class PreparedItem(BaseModel):
     notes: tuple[str, ...] = ()  # what was done to the picture
     perceptual_hash: str = ""  # 16 hexadecimal digits; near-duplicates differ by a few bits
     blur: float | None = None  # 0 sharp, 1 without detail
-    digest: str = ""  # SHA-256 of pixels and mask
+    digest: str = ""  # SHA-256 of pixels, mask and conditions
 
 
 class Reject(BaseModel):

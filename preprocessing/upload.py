@@ -12,6 +12,7 @@ from preprocessing.captions import UserCaption, read_captions
 from preprocessing.crop import Task
 from preprocessing.prepared import Aside, Reject
 from preprocessing.settings import PrepareSettings
+from preprocessing.user_conditions import pair_conditions
 from preprocessing.user_masks import pair_masks
 
 REPEATED = re.compile(r"(\d{1,3})_")
@@ -39,10 +40,20 @@ def open_upload(settings: PrepareSettings, into: Path) -> Upload:
     """
     unpacked = unpack(settings.input_images, into)
     user = read_captions(unpacked.files)
-    pictures, masks, told = pair_masks(user.pictures)
+    others, conditions, told_of_conditions = pair_conditions(user.pictures)
+    pictures, masks, told = pair_masks(others)
+    told = (*told_of_conditions, *told)
     asides = [Aside(source=name, use="a hidden or system file, passed over") for name in unpacked.ignored]
     asides += [*user.asides, *(one for one in told if isinstance(one, Aside))]
-    tasks = [Task(file.name, file.path, masks[file.name].path if file.name in masks else None) for file in pictures]
+    tasks = [
+        Task(
+            name=file.name,
+            content=file.path,
+            mask=masks[file.name].path if file.name in masks else None,
+            conditions=tuple(one.path for one in conditions.get(file.name, ())),
+        )
+        for file in pictures
+    ]
     by_folder = {file.name: _folder_repeats(file.name) for file in pictures} if settings.folder_repeats else {}
     return Upload(
         tasks=tasks,

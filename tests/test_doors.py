@@ -53,7 +53,7 @@ def test_help_is_quick_and_complete(door: str, root: Path) -> None:
 
 def test_help_shows_choices_and_groups() -> None:
     text = " ".join(commandline.build_parser(JobSettings, "train.py", "").format_help().split())
-    assert "{pivotal,lora,textual_inversion,full}" in text
+    assert "{pivotal,lora,textual_inversion,full,condition,prefix}" in text
     assert "(default: 0 1)" in text  # a tuple as one would type it
     places = [
         text.index(title) for title in ("How the base model is adapted", "How the trainable", "What is minimised")
@@ -268,7 +268,8 @@ def test_recipes_are_settings(root: Path) -> None:
         settings = read(str(path), *([] if "toybox" in path.stem else ["--input_images", "a.zip"]))
         assert settings.output_dir == Path("outputs") / path.stem
         # a half of Kandinsky without more is that half trained fully
-        assert path.stem.endswith(settings.method) or path.stem in ("kandinsky22_decoder", "kandinsky22_prior")
+        plain = ("kandinsky22_decoder", "kandinsky22_prior")
+        assert settings.method == "condition" or path.stem.endswith(settings.method) or path.stem in plain
         if "toybox" in path.stem:
             assert (root / settings.input_images).is_file()
 

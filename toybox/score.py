@@ -2,6 +2,7 @@
 
 python -m toybox.score base                                                  the base model on 200 fixed prompts
 python -m toybox.score adapter --weights trained_model.tar --sprite X.png    an adapter of a sprite: one JSON line
+python -m toybox.score condition --weights trained_model.tar                 what a condition picture tells: two rows
 python -m toybox.score oracle                                                how far the judges can be trusted
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from toybox.finder import Finder
 from toybox.oracle import agreement, fit_ground, look, nearest_position, object_centre, pixels_of
 from toybox.prompts import base_scenes, picture_seeds, unrelated_scenes
 from toybox.sprite import load_sprite
-from toybox.world import Scene, held_out
+from toybox.world import SIZE, Scene, held_out, render
 from trainer import commandline
 
 if TYPE_CHECKING:
@@ -164,6 +166,44 @@ def score_adapter(args: argparse.Namespace) -> dict[str, object]:
     return judge_adapter(sprite, task, pictures) | {"calibration": trust}
 
 
+def score_condition(generator: Generator, weights: Path, count: int) -> Table:
+    """Rows "without" and "with" the weights: how often each attribute of a scene is right where no prompt, and with the
+    weights the scene's own picture as the condition, says anything. The right half is to be drawn, for task fill.
+    """
+    from trainer.condition_tasks import Task, task
+    from trainer.drawing import DrawSettings
+
+    scenes, seeds = base_scenes(count), picture_seeds(count)
+    rows = {"without": shares(generator.draw_prompts([""] * count, seeds, DrawSettings(prompt="")), scenes)}
+    generator.use(weights)
+    tasks = [task(name) for name in generator.manifest.settings["condition_tasks"]]
+    pictures = []
+    with tempfile.TemporaryDirectory() as folder:
+        path, mask = Path(folder) / "scene.png", Path(folder) / "mask.png"
+        right = Image.new("L", (SIZE, SIZE))
+        right.paste(255, (SIZE // 2, 0, SIZE, SIZE))
+        right.save(mask)
+        filled = any(type(one).hole is not Task.hole for one in tasks)
+        for scene, seed in zip(scenes, seeds, strict=True):
+            render(scene).save(path)
+            chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=mask if filled else None)
+            pictures += generator.draw_prompts([""], [seed], chosen)
+    return rows | {"with": shares(pictures, scenes)}
+
+
+def run_condition(args: argparse.Namespace) -> None:
+    from trainer.artifact import opened, read_manifest
+    from trainer.generate import Generator
+
+    with opened(args.weights) as folder:
+        base_model = args.base_model or read_manifest(folder).base_model
+    table = score_condition(Generator(base_model, args.device), args.weights, args.pictures)
+    if args.json:
+        print(json.dumps(table))
+    else:
+        _print_table("right", table)
+
+
 def _print_table(title: str, table: Table) -> None:
     columns = list(next(iter(table.values())))
     width = max(len(name) for name in (title, *table)) + 2
@@ -234,6 +274,13 @@ def parser() -> argparse.ArgumentParser:
     adapter.add_argument("--base_model", help="default: the one the weights were trained on")
     adapter.add_argument("--pictures", type=_positive, default=64, help="of each kind, 64 or more (default 64)")
     adapter.set_defaults(run=run_adapter)
+    condition = commands.add_parser("condition", help="score what weights of method condition draw from a picture")
+    condition.add_argument("--weights", type=Path, required=True, help="trained_model.tar or an unpacked folder")
+    condition.add_argument("--base_model", help="default: the one the weights were trained on")
+    condition.add_argument("--pictures", type=_positive, default=48, help="how many (default 48)")
+    condition.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
+    condition.add_argument("--json", action="store_true", help="print JSON and no table")
+    condition.set_defaults(run=run_condition)
     for command, count in ((base, 100), (adapter, 48)):
         command.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
         command.add_argument(

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ KOHYA_NETS = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
+    "lora_transformer_": "transformer",
 }
 # How kohya's SDXL trainer, which keeps the original UNet's names, calls what lies inside and around the blocks.
 ORIGINAL_BLOCKS = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
@@ -82,6 +83,7 @@ def read_adapter(
     rank, which scales by 1.
     """
     _refuse_other_kinds(tensors)
+    tensors = family.own_keys(tensors)
     kohya = any(key.startswith(tuple(KOHYA_NETS)) for key in tensors)
     found: Found = defaultdict(dict)
     lost = []
@@ -98,7 +100,8 @@ def read_adapter(
     for parts in found.values():
         if MIDDLE in parts:
             parts[DOWN] = _without_middle(parts[DOWN], parts.pop(MIDDLE))
-    configs = _stored_configs(header, peft_config)
+    denoisers = [net.name for net in family.nets if net.part == DENOISER]
+    configs = _stored_configs(header, peft_config, denoisers)
     state, nets = {}, {}
     for net in sorted({net for net, _ in found}):
         live = layers(family.module(net))
@@ -189,7 +192,10 @@ def _in_diffusers_blocks(tensors: Mapping[str, Tensor], family: Drawable) -> dic
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
     renamed = {key: key for key in tensors}
-    numbered = [key for key in tensors if re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)]
+    has_unet = any(net.name == "unet" for net in family.nets)
+    numbered = [
+        key for key in tensors if has_unet and re.match(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_", key)
+    ]
     for key in numbered:
         try:
             # one at a time, so that a key that has no such place does not hide the others
@@ -237,11 +243,13 @@ def _peft_spelling(net: str, rest: str) -> str:
     return name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
 
 
-def _stored_configs(header: Mapping[str, str], peft_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a file says of its own adapters: net -> values of a LoraConfig."""
+def _stored_configs(
+    header: Mapping[str, str], peft_config: Mapping[str, Any], denoisers: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What a file says of its own adapters: net -> values of a LoraConfig. peft's own names no net: a denoiser's."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
-    stored: dict[str, dict[str, Any]] = {"unet": dict(peft_config)} if peft_config else {}
+    stored: dict[str, dict[str, Any]] = {net: dict(peft_config) for net in denoisers if peft_config}
     try:
         packed = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:

@@ -237,6 +237,12 @@ def nets_of(folder: Path) -> set[str]:
     return nets
 
 
+def main_config(nets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of `Manifest.nets` the LoraConfig whose rank and alpha stand for all: the denoiser's where it has one."""
+    denoisers = (config for net, config in nets.items() if not net.startswith("text_encoder"))
+    return next(denoisers, None) or next(iter(nets.values()))
+
+
 def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
     """Header of adapter.safetensors: trigger, base, rank and alpha, and each net's LoraConfig where diffusers'
     `load_lora_weights` looks for it, without which that loader takes every alpha to be the rank.

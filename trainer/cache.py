@@ -12,6 +12,7 @@ import torch
 
 from preprocessing.prepared import PreparedDataset
 from trainer.families.base import Family
+from trainer.methods.base import Method
 from trainer.samples import Conditioning, Picture, Sample, load_pictures
 
 ENCODE_BATCH = 8
@@ -49,12 +50,19 @@ def _runs(pictures: Sequence[Picture]) -> list[list[int]]:
     return runs
 
 
-def encode_dataset(family: Family, dataset: PreparedDataset, flip: bool, progress: Progress) -> list[Sample]:
-    """Every picture of the data set as a sample, in the data set's order."""
+def encode_dataset(
+    family: Family, dataset: PreparedDataset, flip: bool, progress: Progress, method: Method | None = None
+) -> list[Sample]:
+    """Every picture of the data set as a sample, in the data set's order, with what the method adds to it."""
     loaded = list(load_pictures(dataset, flip))
     samples: list[Sample] = []
     for run in _runs([picture for _, picture in loaded]):
-        samples += family.encode([loaded[i][1] for i in run], [loaded[i][0].caption for i in run])
+        pictures = [loaded[i][1] for i in run]
+        targets = [method.picture(picture) for picture in pictures] if method else pictures
+        encoded = family.encode(targets, [loaded[i][0].caption for i in run])
+        for sample, picture in zip(encoded, pictures, strict=True):
+            added = method.sample_conditioning(family, picture) if method else {}
+            samples.append(replace(sample, conditioning=sample.conditioning | added))
         progress("cache", len(samples), len(loaded))
     return samples
 
@@ -69,10 +77,12 @@ def encode_captions(family: Family, captions: Sequence[str]) -> dict[str, Condit
     return encoded
 
 
-def build(family: Family, dataset: PreparedDataset, text: Sequence[str], progress: Progress) -> Cache:
+def build(
+    family: Family, dataset: PreparedDataset, text: Sequence[str], progress: Progress, method: Method | None = None
+) -> Cache:
     """Encode the data set and the captions in `text`."""
-    samples = encode_dataset(family, dataset, False, progress)
-    mirrored = encode_dataset(family, dataset, True, progress) if dataset.horizontal_flip else []
+    samples = encode_dataset(family, dataset, False, progress, method)
+    mirrored = encode_dataset(family, dataset, True, progress, method) if dataset.horizontal_flip else []
     repeats = tuple(item.repeats for item in dataset.items)
     with torch.no_grad():
         null = family.null_picture()

@@ -140,6 +140,7 @@ def parse_recipe(text: str | bytes, place: str, model: type[BaseModel]) -> dict[
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{place} should hold lines of the form name: value")
+    values = getattr(model, "flattened", dict)(values)
     for name in values:
         if name not in model.model_fields:
             raise UserError(f"{place}: {name} is no setting{_hint(name, model)}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from preprocessing.errors import UserError
 from preprocessing.settings import PrepareSettings
 
 Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
@@ -20,9 +21,10 @@ Schedule = Literal["constant", "linear", "cosine", "exponential"]
 class MethodSettings(PrepareSettings):
     """How the base model is adapted."""
 
-    method: Literal["pivotal", "lora", "textual_inversion", "full", "prefix"] = Field(
+    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"] = Field(
         "pivotal",
-        description="pivotal: token embeddings and LoRA together. prefix: vectors before the text encoders' input.",
+        description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures; prefix: "
+        "vectors before the text encoders' input.",
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
@@ -41,6 +43,35 @@ class MethodSettings(PrepareSettings):
     prefix_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the prefix's numbers that a step leaves out.")
     prefix_on_negative: bool = Field(
         False, description="Also put the prefix before negative prompts, and no caption; else these are the base's."
+    )
+
+
+class ConditionSettings(PrepareSettings):
+    """How pictures condition the base model (method condition)."""
+
+    condition_tasks: tuple[str, ...] = Field(
+        ("canny",),
+        min_length=1,
+        max_length=8,
+        description="What each condition is: canny, coloring, deblurring, depth, depth_pred, fill, sr, subject, pair, "
+        "or a class of your own as module:Class.",
+    )
+    condition_resolution: int | None = Field(
+        None, ge=16, le=4096, description="As resolution, of the conditions: fewer tokens; None: the task's own."
+    )
+    position_scale: float | None = Field(
+        None, gt=0, description="Size of a condition's token in the picture's; None: so that both cover the same area."
+    )
+    position_delta: tuple[float, float] | None = Field(
+        None, description="Rows and columns of tokens that a condition is shifted by; None: the task's own."
+    )
+    independent_condition: bool = Field(
+        False, description="Conditions see neither text nor picture, so that drawing computes them once and not a step."
+    )
+    token_integration: bool = Field(False, description="Task fill: compute known tokens as the condition alone.")
+    image_dropout: float = Field(0.1, ge=0, le=1, description="Share of conditions replaced by a black picture.")
+    target_modules: str | None = Field(
+        None, description="Regular expression of the whole names of the layers that get LoRA; None: all usual ones."
     )
 
 
@@ -124,6 +155,11 @@ class RunSettings(PrepareSettings):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 where the device is fast at it. Trained weights are fp32 always."
     )
+    base_precision: Literal["same", "fp8"] = Field(
+        "same",
+        description="fp8: the denoiser's frozen weights lie in 8 bits while LoRA trains, half the memory of bf16; "
+        "needs gradient_checkpointing.",
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
     enable_xformers: bool = Field(False, description="Attention of the denoiser by xFormers, where it is installed.")
     save_diffusers: bool | None = Field(
@@ -146,20 +182,67 @@ class RunSettings(PrepareSettings):
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 
 
-class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings):
+# What OminiControl is trained with; a job that says otherwise has its way.
+CONDITION_DEFAULTS = {"optimizer": "prodigy", "weight_decay": 0.01, "max_grad_norm": 0.5}
+
+
+# OminiControl's configurations nest some settings: its names -> ours, and what of it is always so.
+NESTED = {
+    "optimizer": {"type": "optimizer", "lr": "learning_rate", "weight_decay": "weight_decay"},
+    "lora_config": {"r": "lora_rank", "lora_alpha": "lora_alpha", "target_modules": "target_modules"},
+}
+ALWAYS = {"use_bias_correction": "true", "safeguard_warmup": "true", "init_lora_weights": "gaussian"}
+
+
+class JobSettings(
+    MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings
+):
     """All settings of one job."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suits_the_method(cls, given: Any) -> Any:
+        """Defaults that depend on the method."""
+        if not isinstance(given, dict) or given.get("method") != "condition":
+            return given
+        given = CONDITION_DEFAULTS | given
+        if given["optimizer"] != "prodigy":
+            given.setdefault("learning_rate", 1e-4)
+        return given
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSettings:
         if self.train_text_encoder and self.method not in ("lora", "full"):
             raise ValueError(f"train_text_encoder goes with method lora or full, not {self.method}")
+        if self.target_modules is not None and self.method != "condition":
+            raise ValueError(f"target_modules goes with method condition, not {self.method}: use lora_targets")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
+        if self.base_precision == "fp8" and self.method == "full":
+            raise ValueError("base_precision fp8 is for weights that stay as they are, and full trains them")
+        if self.base_precision == "fp8" and not self.gradient_checkpointing:
+            raise ValueError("base_precision fp8 saves nothing without gradient_checkpointing: switch it on")
         if self.num_train_epochs is not None and self.max_train_steps is not None:
             raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
         return self
+
+    @staticmethod
+    def flattened(values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe's values with `optimizer: {type, lr, weight_decay}` (also below `params`) and `lora_config:
+        {r, lora_alpha, target_modules}` as settings of their own. UserError for anything else below them.
+        """
+        flat = {name: value for name, value in values.items() if not (name in NESTED and isinstance(value, dict))}
+        for name in values.keys() - flat.keys():
+            nested = dict(values[name])
+            params = nested.pop("params", {})
+            for key, value in (nested | (params if isinstance(params, dict) else {"params": params})).items():
+                if key in NESTED[name]:
+                    flat[NESTED[name][key]] = value.lower() if key == "type" else value
+                elif str(value).lower() != ALWAYS.get(key):
+                    raise UserError(f"{name}: {key} is no setting; there are {', '.join(NESTED[name])}")
+        return flat
 
     def filled(self, recommended: dict[str, Any]) -> JobSettings:
         """These settings with every None that `recommended` has a value for replaced by it, checked again."""

@@ -19,9 +19,9 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def drawing_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on accelerators, fp32 on the CPU."""
-    return torch.float32 if device.type == "cpu" else torch.float16
+def drawing_dtype(device: torch.device, on_accelerators: torch.dtype) -> torch.dtype:
+    """The base model's choice on accelerators, fp32 on the CPU."""
+    return torch.float32 if device.type == "cpu" else on_accelerators
 
 
 def training_precision(wanted: str, device: torch.device) -> str:

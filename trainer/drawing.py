@@ -40,10 +40,17 @@ class DrawSettings(BaseModel):
     mask: Path | None = Field(
         None, description="With an image of its size: white is drawn anew, black stays (inpaint)."
     )
+    condition: tuple[Path, ...] | None = Field(
+        None, description="Pictures to draw from, for weights of method condition: their edges, their greys, ..."
+    )
+    condition_ready: bool = Field(False, description="The condition pictures are edges, greys, ... already.")
+    condition_strength: float = Field(1.0, ge=0, le=10, description="Weight of the conditions; 0 hides them.")
     prompt_strength: float = Field(0.8, ge=0, le=1, description="With an image: 1 draws over all of it, 0 keeps it.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> DrawSettings:
-        if self.mask is not None and self.image is None:
+        if self.mask is not None and self.image is None and not self.condition:
             raise ValueError("mask says which part of an image is drawn anew: give image too")
+        if self.image is not None and self.condition:
+            raise ValueError("image and condition cannot be drawn from together: give one of them")
         return self

@@ -206,6 +206,8 @@ def _write_formats(settings: ExportSettings, family: Family, weights: Weights) -
     weights, written = weights.cast(dtype), []
     for write in chosen.values():
         written += write(settings.out, family, weights)
+    if not written:
+        raise UserError(f"{settings.format} has no place for these weights: give --format archive, diffusers or peft.")
     return [f"written: {path}" for path in written]
 
 

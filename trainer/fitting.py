@@ -149,7 +149,8 @@ def questions(plan: Plan, cached: Cache, pictures: Sequence[int]) -> tuple[Train
     settings = plan.settings
     evaluations = len(rule(settings).steps) + 1
     count = affordable(settings, plan.checkpoints.identity["processes"], evaluations)
-    return plan.module, Points.of(cached, settings, pictures, (count, unrelated_prompts(settings)))
+    points = Points.of(cached, settings, pictures, (count, unrelated_prompts(settings)))
+    return plan.module, points.prepared(plan.module)
 
 
 def told(parts: Loaded) -> Callable[[History], None]:
@@ -203,8 +204,9 @@ def planned(
         plain = [without_trigger(caption, settings.trigger_word, settings.class_word) for caption in captions]
         own = () if method.needs_text_grad else captions
         text = [*own, *plain, *unrelated_prompts(settings), *preserved]
-        cached = cache.build(family, dataset, text, parts.stages.progress)
-        family.free(VAE)
+        cached = cache.build(family, dataset, text, parts.stages.progress, method)
+        if not method.needs_vae:
+            family.free(VAE)
         groups = method.attach(family)
     findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
     findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
@@ -212,6 +214,8 @@ def planned(
         write_preflight(whole, findings)
     if not method.needs_text_grad:
         family.free(TEXT)
+    if settings.base_precision == "fp8":
+        family.store_in_fp8()
     if settings.gradient_checkpointing:
         family.enable_gradient_checkpointing()
     if settings.enable_xformers:

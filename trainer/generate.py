@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import ValidationError
@@ -24,14 +26,6 @@ from trainer.families.base import IMAGE_TO_IMAGE, INPAINT, TEXT_TO_IMAGE, Drawab
 from trainer.methods.base import Method
 from trainer.samples import Conditioning
 
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
 DRAW_BATCH = 16
 
 
@@ -53,7 +47,8 @@ class Generator:
     def __init__(self, base_model: str, device: str | None = None, companion: str | None = None):
         self.base_model, self.companion = base_model, companion
         self.device = pick_device(device)
-        family, self.geometry = families.load_drawable(base_model, companion, drawing_dtype(self.device))
+        dtype = drawing_dtype(self.device, families.family_class(base_model).drawing_dtype)
+        family, self.geometry = families.load_drawable(base_model, companion, dtype)
         self.family: Drawable = family.to(self.device)
         self.recommended = families.recommended(base_model, "draw")
         self.manifests: tuple[Manifest, ...] = ()
@@ -130,11 +125,12 @@ class Generator:
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
         for method in self._methods:
             method.set_strength(self.family, settings.lora_scale)
-        arguments = self._arguments(settings)
-        task = TEXT_TO_IMAGE if settings.image is None else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
+        started = settings.image is not None
+        task = TEXT_TO_IMAGE if not started else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
+        arguments = self._arguments(settings, "height" in signature(pipe.__call__).parameters)
         if settings.scheduler is not None:
-            pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config)
+            pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config, self.family)
         if settings.image is not None and settings.prompt_strength == 0:
             yield [arguments["image"]] * len(prompts)
             return
@@ -144,13 +140,16 @@ class Generator:
                 self._conditioning(prompts[chunk], settings), self._negative(len(prompts[chunk]), settings)
             )
             noise = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-            drawn = pipe(**text, **arguments, generator=noise).images
+            with self._conditioned(settings):
+                drawn = pipe(**text, **arguments, generator=noise).images
             if task == INPAINT:  # the VAE alone changes every pixel a little
                 drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
             yield drawn
 
-    def _arguments(self, settings: DrawSettings) -> dict[str, Any]:
-        """The pipeline's arguments that do not depend on the prompt."""
+    def _arguments(self, settings: DrawSettings, sized: bool) -> dict[str, Any]:
+        """The pipeline's arguments that do not depend on the prompt; `sized`: it takes width and height, too, and not
+        from the picture to start from alone.
+        """
         chosen = {
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": settings.num_inference_steps,
@@ -161,21 +160,45 @@ class Generator:
             elif getattr(settings, name) is not None:
                 raise UserError(f"{name} is nothing that {self.base_model} has: leave it out.")
         arguments = {k: self.recommended.get(k, PIPELINE_DEFAULTS[k]) if v is None else v for k, v in chosen.items()}
-        stride, usual = self.geometry.stride, self.geometry.resolution
-        width, height = settings.width or usual, settings.height or usual
+        arguments |= self.family.guidance_inputs(arguments.pop("guidance_scale"), settings.negative_prompt)
+        stride, (width, height) = self.geometry.stride, self._size(settings)
         for name, side in (("width", width), ("height", height)):
             if side % stride:
                 raise UserError(
                     f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}."
                 )
+        size = {"width": width, "height": height} if sized else {}
         if settings.image is None:
-            return arguments | {"width": width, "height": height}
+            return arguments | size
         # one step at least, and a little more, lest rounding make it none
         least = min(1.0, (1 + 1e-6) / arguments["num_inference_steps"])
         strength = max(settings.prompt_strength, least)
         pictures = _open_all(settings, (width, height))
-        size = {"width": width, "height": height} if settings.mask is not None else {}
         return arguments | pictures | size | {"strength": strength}
+
+    def _size(self, settings: DrawSettings) -> tuple[int, int]:
+        usual = self.geometry.resolution
+        return settings.width or usual, settings.height or usual
+
+    @contextmanager
+    def _conditioned(self, settings: DrawSettings) -> Iterator[None]:
+        """Inside, the pipeline draws from the condition pictures."""
+        wanting = next((method for method in self._methods if method.draws_from_conditions), None)
+        if not settings.condition:
+            if wanting:
+                raise UserError("condition is missing: these weights draw from condition pictures, give them.")
+            yield
+            return
+        if wanting is None:
+            raise UserError("condition: the weights in use draw from no condition picture; leave it out.")
+        size = self._size(settings)
+        pictures = [_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition]
+        hole = None
+        if settings.mask is not None:
+            hole = np.asarray(_fitted(_open(settings.mask, "mask").convert("L"), size)) >= 128
+        given = wanting.drawing_conditioning(self.family, pictures, settings.condition_ready, hole)
+        with self.family.conditioned(given, settings.condition_strength):
+            yield
 
     def _words(self, prompts: list[str]) -> list[str]:
         for method in self._methods:
@@ -246,10 +269,12 @@ def seed_of(settings: DrawSettings) -> int:
     return secrets.randbelow(2**32) if settings.seed is None else settings.seed
 
 
-def _scheduler(name: str, config: dict[str, Any]) -> Any:
+def _scheduler(name: str, config: dict[str, Any], family: Drawable) -> Any:
     import diffusers
 
-    class_name, options = SCHEDULERS[name]
+    if name not in family.schedulers:
+        raise UserError(f"scheduler {name} is not for a {family.name}: use one of {', '.join(family.schedulers)}.")
+    class_name, options = family.schedulers[name]
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
@@ -262,10 +287,15 @@ def _open_all(settings: DrawSettings, size: tuple[int, int]) -> dict[str, Image.
             told = [f"{one.width}x{one.height}" for one in (mask, pictures["image"])]
             raise UserError(f"mask {settings.mask} is {told[0]} and image is {told[1]}: give a mask of the same size.")
         pictures["mask_image"] = mask.convert("L")
-    fitted = {name: ImageOps.fit(one, size, Image.Resampling.LANCZOS) for name, one in pictures.items()}
+    fitted = {name: _fitted(one, size) for name, one in pictures.items()}
     if settings.mask is not None:  # as the pipeline takes it: drawn anew or not, nothing between
         fitted["mask_image"] = fitted["mask_image"].point(lambda value: 255 if value >= 128 else 0)
     return fitted
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cropped to the size's aspect ratio and resized to it."""
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def _open(path: Path, name: str) -> Image.Image:

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import artifact
 from trainer.artifact import HASH_TO_COME, Manifest, save_tensors
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def header(state: dict[str, torch.Tensor], manifest: Manifest, prediction_type: 
     of the cross-attention tells it, and left out for others (the toybox's). `prediction_type`: diffusers' name.
     """
     described = modelspec(manifest, prediction_type) | _training(manifest)
-    config = manifest.nets.get("unet") or next(iter(manifest.nets.values()))
+    config = artifact.main_config(manifest.nets)
     rank, alpha = str(config["r"]), str(config["lora_alpha"])
     described |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
     if any(tensor.dim() == 4 for tensor in state.values()):

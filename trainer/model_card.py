@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from trainer import artifact, families, hub, methods, ui_files
+from trainer import artifact, families, hub, ui_files
 from trainer.artifact import Manifest
+from trainer.methods import METHODS
 from trainer.report import Preview
 
 # What the card tells of the settings; all of them are in config.yaml.
@@ -98,7 +99,8 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
-    tags = ["text-to-image", "diffusers", kind, *(["template:sd-lora"] if manifest.nets else []), *family.card_tags]
+    stock = manifest.nets and not METHODS[manifest.method].draws_from_conditions
+    tags = ["text-to-image", "diffusers", kind, *(["template:sd-lora"] if stock else []), *family.card_tags]
     header |= {
         "license": manifest.base_license or "unknown",
         "library_name": "diffusers",
@@ -117,6 +119,7 @@ def _what(manifest: Manifest) -> str:
         "textual_inversion": "New token embeddings",
         "full": "A full fine-tune",
         "prefix": "A prefix (vectors before the text encoder's input)",
+        "condition": f"A LoRA on condition pictures ({', '.join(manifest.settings.get('condition_tasks', ()))})",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""
     subject = f", a {manifest.class_word}" if manifest.class_word else ""
@@ -150,8 +153,13 @@ def _pictures(previews: list[Preview]) -> str:
 
 
 def _diffusers(manifest: Manifest, place: Place) -> str:
-    if not methods.METHODS[manifest.method].in_stock_pipelines:
+    if not METHODS[manifest.method].in_stock_pipelines:
         return "Diffusers has no place for these weights in its pipelines: Atelier draws with them, as below."
+    if METHODS[manifest.method].draws_from_conditions:
+        return (
+            "The adapter acts on the tokens of condition pictures alone, which no stock pipeline computes: draw with "
+            "it as below."
+        )
     if manifest.method == "full" and families.INDEX not in place.files:
         return (
             "The weights are whole nets; this makes a folder that `DiffusionPipeline.from_pretrained` loads:\n\n"
@@ -187,9 +195,12 @@ def _comfyui(manifest: Manifest, place: Place) -> str:
 
 def _atelier(manifest: Manifest, place: Place) -> str:
     weights = place.repository or "trained_model.tar"
+    shown = METHODS[manifest.method].draws_from_conditions
+    conditions = [f"picture_{i + 1}.png" for i, _ in enumerate(manifest.settings["condition_tasks"])] if shown else []
+    more = f" --condition {' '.join(conditions)}" if conditions else ""
     return (
         "## In Atelier\n\n"
-        f'```\npython predict.py --weights {weights} --prompt "a photo of {manifest.trigger_word}"\n```'
+        f'```\npython predict.py --weights {weights} --prompt "a photo of {manifest.trigger_word}"{more}\n```'
     )
 
 

@@ -13,6 +13,7 @@ from trainer import families, methods
 from trainer.config import JobSettings
 from trainer.evaluation.exhibit import Exhibit, Seen, look, refuse_blank
 from trainer.evaluation.gallery import Wish, drawn
+from trainer.evaluation.split import split
 from trainer.generate import PIPELINE_DEFAULTS
 from trainer.report import Preview
 
@@ -49,6 +50,12 @@ def prompts_of(settings: JobSettings) -> list[str]:
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 
 
+FROM_CONDITIONS = (
+    "Near copies and variety are not told: the pictures are drawn from a condition made of one of the data set, which "
+    "they are meant to resemble. Strengths are those of the condition, and the base model draws without it."
+)
+
+
 @dataclass(frozen=True)
 class Gallery:
     """What a finished job drew. `grid` has, by seed and prompt, the base model's picture and one for each strength."""
@@ -76,10 +83,21 @@ def draw_gallery(
         stale.unlink()
     own = families.recommended(settings.base_model, "draw")
     steps = own.get("num_inference_steps", PIPELINE_DEFAULTS["num_inference_steps"])
-    exhibit = Exhibit.of(prompts_of(settings), settings, steps, methods.create(settings).has_strength)
+    method = methods.create(settings)
+    shown = next(iter(split(dataset, settings).held_out), 0)  # at best what no step has seen
+    prompts = prompts_of(settings)
+    if method.draws_from_conditions and settings.preview_prompts is None:
+        prompts = [dataset.items[shown].caption]
+    exhibit = Exhibit.of(prompts, settings, steps, method.has_strength)
     wishes = list(dict.fromkeys(exhibit.wishes()))
     try:
-        pictures = drawn(settings, archive, wishes, lambda done, of: progress("preview", done, of))
+        pictures = drawn(
+            settings,
+            archive,
+            wishes,
+            lambda done, of: progress("preview", done, of),
+            lambda strength: method.drawing_settings(dataset, shown, folder, strength),
+        )
     except families.NoCompanion as error:  # the weights are finished all the same
         remark = f"No pictures were drawn: {error}"
         print(f"warning: {remark}", file=sys.stderr)
@@ -93,7 +111,10 @@ def draw_gallery(
     for wish, picture in pictures.items():
         picture.save(paths[wish])
     refuse_blank(pictures, [wish for wish in wishes if wish.strength == 1])
-    seen = look(pictures, exhibit, dataset)
+    if method.draws_from_conditions:
+        seen, remarks = Seen((), None, None), (FROM_CONDITIONS,)
+    else:
+        seen, remarks = look(pictures, exhibit, dataset), ()
     return Gallery(
         previews=previews,
         strengths=exhibit.strengths,
@@ -104,6 +125,7 @@ def draw_gallery(
         nearest=[(paths[wish], found.picture, found.distance) for wish, found in seen.neighbours],
         seen=seen,
         extra_share=1 - 2 * len(exhibit.previews) / len(wishes),
+        remarks=remarks,
     )
 
 

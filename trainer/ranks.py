@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from trainer import artifact
 from trainer.adapter_keys import ALPHA, DOWN, UP, layers, lora_config_of
 from trainer.kohya import alpha_of
 from trainer.weights import Weights, modules
@@ -115,7 +116,7 @@ def _with_layers(weights: Weights, found: dict[str, dict[str, dict[str, Tensor]]
     }
     changes = {}
     if nets:
-        main = nets.get("unet") or next(iter(nets.values()))
+        main = artifact.main_config(nets)
         changes = {"lora_rank": main["r"], "lora_alpha": float(main["lora_alpha"]), "lora_targets": None}
     manifest = weights.manifest.model_copy(update={"nets": nets, "settings": weights.manifest.settings | changes})
     return replace(weights, manifest=manifest, tensors=tensors)

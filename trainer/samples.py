@@ -22,6 +22,7 @@ class Picture:
     mask: Tensor | None  # [1, H, W] in [0, 1]
     original_size: tuple[int, int]
     crop: tuple[int, int]
+    conditions: tuple[Tensor, ...] = ()  # pictures uploaded beside it, [3, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Batch:
     mask: Tensor | None
     conditioning: Conditioning  # [B, ...]
     preserved: list[tuple[int, str]]  # sample of the batch, prompt whose prediction should stay the base model's
+    keys: tuple[str, ...] = ()  # of each sample's own random numbers, for a method that draws some
 
 
 def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tuple[PreparedItem, Picture]]:
@@ -53,11 +55,13 @@ def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tupl
     for item in dataset.items:
         pixels = _read(dataset.folder / item.image, "RGB") * 2 - 1
         mask = _read(dataset.folder / item.mask, "L") if item.mask else None
+        conditions = tuple(_read(dataset.folder / path, "RGB") * 2 - 1 for path in item.conditions)
         left, top = item.crop
         if flip:
             pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
+            conditions = tuple(condition.flip(-1) for condition in conditions)
             left = item.resized_size[0] - item.size[0] - left
-        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left))
+        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left), conditions)
 
 
 def _read(path: Path, mode: str) -> Tensor:

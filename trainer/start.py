@@ -17,6 +17,7 @@ from trainer import artifact, families, foreign
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import TEXT, Family
+from trainer.methods import METHODS
 from trainer.weights_cache import WeightsCache
 
 # Settings that the weights decide, so that no recommendation may fill them first.
@@ -85,8 +86,7 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
     text = {net.name for net in family.nets if net.part == TEXT}
     taken: dict[str, Any] = {}
     if manifest.nets:
-        chosen = next((config for net, config in manifest.nets.items() if net not in text), None)
-        config = chosen or next(iter(manifest.nets.values()))
+        config = artifact.main_config(manifest.nets)
         taken = {"lora_rank": config["r"], "lora_alpha": float(config["lora_alpha"])}
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
     if manifest.tokens:
@@ -124,6 +124,17 @@ def _check_method(method: str, manifest: Manifest) -> None:
             f"init_adapter was made by method {manifest.method}, which method {method} cannot start from: use weights "
             "of the same method."
         )
+    conditions, conditioned = (METHODS[name].draws_from_conditions for name in (method, manifest.method))
+    # other programs' files do not say what they were trained for: there the user's word is taken
+    if conditioned != conditions and (conditioned or manifest.base_hash):
+        raise UserError(
+            f"init_adapter was trained by method {manifest.method}, whose adapter acts on other tokens than that of "
+            f"method {method}: use method {manifest.method}."
+        )
+    if conditions and (tokens or any(net.startswith("text_encoder") for net in manifest.nets)):
+        raise UserError("init_adapter adapts the text encoder or has tokens, which method condition leaves alone.")
+    if conditions and not lora:
+        raise UserError(f"init_adapter holds nothing that method {method} trains: use the method that it was made by.")
     if method == "full" and not full:
         raise UserError(
             "init_adapter is an adapter and method full trains whole nets: merge it into the base model with "

@@ -50,6 +50,7 @@ class BatchMaker:
             mask=torch.stack(masks).to(self.device) if masked else None,
             conditioning={name: torch.stack([one[name] for one in own]).to(self.device) for name in own[0]},
             preserved=self._preserved(positions, draws),
+            keys=tuple(f"{settings.seed}/{step}/{position}" for position in positions),
         )
 
     def _preserved(self, positions: range, draws: list[Draw]) -> list[tuple[int, str]]:
@@ -69,14 +70,19 @@ class TrainStep(nn.Module):
         self._family, self._method, self._settings, self._text = family, method, settings, cache.text
 
     def forward(self, batch: Batch) -> Tensor:
+        batch = self._method.prepared(self._family, batch)
         conditioning = batch.conditioning | self.conditioning(batch.captions)
         loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()
 
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as the questions below take it, with what the method adds for every step but no dropout."""
+        return self._method.prepared(self._family, batch, dropout=False)
+
     def losses(self, batch: Batch) -> Tensor:
-        """The denoising loss of each sample, without preservation or penalty: [B]."""
+        """The denoising loss of each sample of a prepared batch, without preservation or penalty: [B]."""
         conditioning = batch.conditioning | self.conditioning(batch.captions)
         return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
 
@@ -87,8 +93,11 @@ class TrainStep(nn.Module):
             return self._family.sample_losses(batch, conditioning, self._settings.snr_gamma)
 
     def drift(self, batch: Batch) -> Tensor:
-        """Squared distance of each prediction from the base model's, as a share of the latter's square: [B]."""
-        base_text = lookup(self._text, batch.captions)
+        """Squared distance of each prediction from the base model's, as a share of the latter's square: [B].
+
+        Both are asked by the prompt alone.
+        """
+        batch, base_text = self._method.prompted(batch), lookup(self._text, batch.captions)
         with self._method.disabled(self._family):
             base = self._family.probe(batch, batch.conditioning | base_text)
         adapted = self._family.probe(batch, batch.conditioning | self.conditioning(batch.captions))

@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer import artifact, kohya
 from trainer.artifact import Manifest
 from trainer.families.base import Family
+from trainer.methods import METHODS
 
 FOLDER, LORA, BUNDLED, EMBEDDING_FOLDER = "comfyui", "adapter", "adapter_with_embeddings", "embeddings"
 BUNDLE = "bundle_emb"  # bundle_emb.<name>.<key of the embedding file>
@@ -34,9 +35,9 @@ def write(
     """Write LoRA `tensors` (keys as in adapter.safetensors) and `rows` (as in embeddings.safetensors) into `folder`.
 
     Either may be empty; the bundle is written where there are both. Nothing is for a family that these programs load no
-    adapters for. Raises as `Family.export_comfyui` does.
+    adapters for, nor for a method whose adapters they would let act elsewhere. Raises as `Family.export_comfyui` does.
     """
-    if not family.ui_files:
+    if not family.ui_files or METHODS[manifest.method].draws_from_conditions:
         return
     folder.mkdir(parents=True, exist_ok=True)
     name, lora = embedding_name(manifest.trigger_word), folder / f"{LORA}.safetensors"

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from tests.trainer import kandinsky
+from tests.trainer.flux_models import tiny_pipeline, tiny_transformer
+from tests.trainer.tiny import SIDE, tiny_text_config, tiny_tokenizer, tiny_unet, tiny_vae
 from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
 from trainer.config import JobSettings
@@ -36,58 +36,10 @@ from trainer.fitting import Fitted
 from trainer.methods.base import Method
 from trainer.metrics import METRICS_FILE, read_metrics
 
-SIDE = 32
 # previews are drawn by every whole job
 FEW_STEPS = json.dumps({"draw": {"num_inference_steps": 2, "prior_num_inference_steps": 2}})
 
 torch.set_num_threads(1)
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    """Bytes only, so that any text tokenises."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
-
-
-def tiny_text_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
-    # eos_token_id 2 as in the published SD and SDXL configs, which makes old code pool at the largest id
-    values = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "projection_dim": 32,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-    return CLIPTextConfig(**(values | changes))
-
-
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-    )
-
-
-def tiny_unet(**changes: object) -> UNet2DConditionModel:
-    values = {
-        "sample_size": SIDE // 2,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**(values | changes))
 
 
 @pytest.fixture(scope="session")
@@ -157,9 +109,36 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def build_transformer() -> Callable[[bool], FluxTransformer2DModel]:
+    """Makes FLUX's transformer with or without built-in guidance."""
+    return tiny_transformer
+
+
+def save_flux(folder: Path, guided: bool) -> Path:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    encoder = CLIPTextModel(tiny_text_config(tokenizer))
+    tiny_pipeline(guided, (tokenizer, encoder), tiny_vae()).save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline folder in the shape of dev: guidance built in."""
+    return save_flux(tmp_path_factory.mktemp("models") / "flux", guided=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline folder in the shape of schnell: no guidance."""
+    return save_flux(tmp_path_factory.mktemp("models") / "schnell", guided=False)
+
+
 @pytest.fixture(scope="session", params=["sd", "xl"])
 def tiny_model(request: pytest.FixtureRequest) -> Path:
-    """Each of the tiny base models."""
+    """Each of the tiny base models; tests of FLUX ask for "flux" or "schnell"."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from preprocessing.errors import UserError
 from trainer.drawing import DrawSettings, Scheduler
-from trainer.generate import SCHEDULERS, Generator, seed_of
+from trainer.families.base import DDPM_SCHEDULERS
+from trainer.generate import Generator, seed_of
 
 PROMPT = "a photo of a dog"
 STOCK = {"sd": "StableDiffusion", "xl": "StableDiffusionXL"}
@@ -77,7 +78,7 @@ def test_without_guidance_and_at_another_size_too(generator, stock):
     assert found.size == (48, 24)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DDPM_SCHEDULERS)
 def test_every_scheduler_is_diffusers_own(generator, stock, name, monkeypatch):
     class_name = {
         "ddim": "DDIMScheduler",
@@ -99,7 +100,7 @@ def test_a_scheduler_is_for_one_call_only(generator):
 
 
 def test_all_schedulers_that_settings_allow_exist():
-    assert set(SCHEDULERS) == set(Scheduler.__args__)
+    assert set(DDPM_SCHEDULERS) == set(Scheduler.__args__)
 
 
 def test_image_to_image_is_the_stock_pipelines(generator, stock, photo, tiny_model):

@@ -12,33 +12,42 @@ from PIL import Image
 import predict
 import train
 
+SLOW = {"flux_compact", "flux_feature_reuse", "flux_multi_condition", "flux_lora"}  # alike others
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 BASES = {
-    **{"toybox": "tiny_sd", "sd15": "tiny_sd", "sdxl": "tiny_xl"},
+    **{"toybox": "tiny_sd", "sd15": "tiny_sd", "sdxl": "tiny_xl", "flux": "tiny_flux"},
     **{"kandinsky22_prior": "tiny_prior", "kandinsky22_decoder": "tiny_decoder"},
 }
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three pictures, one of them with a caption."""
+    """A folder of three pictures, one of them with a caption, each with a condition."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(3):
         Image.new("RGB", (40, 32 + 4 * i), (80 * i, 200, 40)).save(folder / f"{i}.png")
+        Image.new("RGB", (40, 32 + 4 * i), (9, 80 * i, 40)).save(folder / f"{i}.condition.png")
     (folder / "1.txt").write_text("a drawing of TOK", encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def marked(recipe: Path) -> object:
+    return pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.slow] if recipe.stem in SLOW else [])
+
+
+@pytest.mark.parametrize("recipe", map(marked, RECIPES))
 def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, request, capsys) -> None:
-    (fixture,) = [name for start, name in BASES.items() if recipe.stem.startswith(start)]
+    fixture = next(name for start, name in BASES.items() if recipe.stem.startswith(start))
     base = request.getfixturevalue(fixture)
     out = tmp_path / "out"
     small = {"mixed_precision": "no", "num_train_epochs": "null"} | {
         **{"input_images": pictures, "base_model": base, "output_dir": out, "captioner": "none", "report_to": "none"},
         **{"resolution": 32, "max_train_steps": 2, "train_batch_size": 2, "preview_prompts": "TOK", "preview_seeds": 1},
-        "holdout": 0,
+        **{"gradient_accumulation_steps": 1, "holdout": 0},
     }
+    chosen = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if "condition_resolution" in chosen:
+        small["condition_resolution"] = 16
     if "kandinsky" in recipe.stem:
         small["companion_model"] = request.getfixturevalue("tiny_prior" if "decoder" in recipe.stem else "tiny_decoder")
     train.main([str(recipe), *(str(word) for name, value in small.items() for word in (f"--{name}", value))])
@@ -47,6 +56,11 @@ def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, r
     assert {"00_base.png", "00_adapted.png"} <= {path.name for path in (out / "samples").glob("*.png")}
 
     argv = ["--prompt", "TOK", "--seed", "1", "--num_inference_steps", "2", "--output_dir", str(tmp_path / "drawn")]
+    if tasks := chosen.get("condition_tasks"):
+        argv += ["--condition", *[str(pictures / "0.png")] * len(tasks)]
+    if "fill" in chosen.get("condition_tasks", ()):
+        Image.linear_gradient("L").save(tmp_path / "mask.png")
+        argv += ["--mask", str(tmp_path / "mask.png")]
     predict.main(["--weights", str(out / "trained_model.tar"), *argv])
     with Image.open(tmp_path / "drawn" / "0001_seed1.png") as picture:
         assert picture.size == (32, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -30,8 +31,11 @@ def drawn(
     archive: Path,
     wishes: Iterable[Wish],
     progress: Callable[[int, int], None] = lambda done, of: None,
+    drawn_at: Callable[[float], dict[str, Any]] = lambda strength: {"lora_scale": strength},
 ) -> Drawn:
-    """All wishes from the saved archive of a job at its trained size, by the code that `predict` uses."""
+    """All wishes from the saved archive of a job at its trained size, by the code that `predict` uses. `drawn_at` says
+    how the archive's weights draw at a strength (values of DrawSettings).
+    """
     by_strength: dict[float | None, list[Wish]] = {None: []}
     for wish in dict.fromkeys(wishes):
         by_strength.setdefault(wish.strength, []).append(wish)
@@ -44,7 +48,8 @@ def drawn(
             generator.use(archive)
         if not group:
             continue
-        settings = DrawSettings(prompt="", lora_scale=1.0 if strength is None else strength, width=side, height=side)
+        how = {} if strength is None else drawn_at(strength)
+        settings = DrawSettings(prompt="", width=side, height=side, **how)
         pictures = generator.draw_prompts([wish.prompt for wish in group], [wish.seed for wish in group], settings)
         found |= dict(zip(group, pictures, strict=True))
         progress(len(found), total)

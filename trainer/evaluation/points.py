@@ -53,6 +53,10 @@ class Points:
         batches = [maker.make(f"evaluation/{i}", [i] * each, range(each), each) for i in pictures]
         return cls(tuple(map(_by_time, batches)), settings.class_word, settings.trigger_word, unrelated)
 
+    def prepared(self, step: TrainStep) -> Points:
+        """The same with what the method adds to a batch, made once, so that every evaluation asks the same."""
+        return replace(self, batches=tuple(map(step.prepared, self.batches)))
+
     @property
     def times(self) -> list[float]:
         """Of each point the share of times that lie before its own, in [0, 1): 1 is noise."""

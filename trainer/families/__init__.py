@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ RECOMMENDED = "training_defaults.json"
 PIPELINES = {
     "StableDiffusionPipeline": ("trainer.families.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
+    "FluxPipeline": ("trainer.families.flux", "Flux"),
     "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
     "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
 }
@@ -75,7 +77,9 @@ def _pipeline_of_file(path: Path) -> str:
         return "StableDiffusionXLPipeline"
     if any(key.startswith("cond_stage_model.") for key in keys):
         return "StableDiffusionPipeline"
-    raise UserError(f"base_model {path} holds no Stable Diffusion checkpoint that is known: give a diffusers folder.")
+    if any(re.match(r"(?:model\.diffusion_model\.)?double_blocks\.0\.", key) for key in keys):
+        return "FluxPipeline"
+    raise UserError(f"base_model {path} holds no checkpoint that is known: give a diffusers folder.")
 
 
 def model_index(source: str) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def load_drawable(source: str, companion: str | None, dtype: torch.dtype) -> tup
 
 def recommended(source: str, method: str) -> dict[str, Any]:
     """Settings that suit a base model and method: its own training_defaults.json over the family's."""
-    defaults = family_class(source).recommended
+    defaults = family_class(source).recommended_for(source)
     own = Path(resolve(source)) / RECOMMENDED
     layers = [defaults] + ([json.loads(own.read_text(encoding="utf-8"))] if own.exists() else [])
     merged: dict[str, Any] = {}

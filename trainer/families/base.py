@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from preprocessing.errors import UserError
 from trainer.artifact import ADAPTER, LORA_FILE, Manifest
 from trainer.config import JobSettings
+from trainer.families.conditionable import Conditionable
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT = "text_to_image", "image_to_image", "inpaint"
+
+
+# name in a picture's settings -> class in diffusers and the options that make it that scheduler
+DDPM_SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+# Not stored in 8 bits: adapters, and the small layers around the blocks that all of a prediction passes.
+FULL_PRECISION = (r"lora_", r"embed", r"^conv_in", r"^conv_out", r"^proj_out", r"^norm_out")
+FLOW_SCHEDULERS = {"euler": ("FlowMatchEulerDiscreteScheduler", {})}
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,12 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class Drawable(ABC):
+class Drawable(Conditionable, ABC):
     """What weights are put into and pictures are drawn with: a family, or two that share a pipeline."""
 
     name: ClassVar[str]
+    drawing_dtype: ClassVar[torch.dtype] = torch.float16  # on accelerators
+    schedulers: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = DDPM_SCHEDULERS
     nets: tuple[Net, ...]
     device: torch.device
     # settings of a picture beside those that all have (names in trainer.drawing.FOR_SOME); the pipeline takes them
@@ -121,6 +139,16 @@ class Drawable(ABC):
         prompt, or `null_conditioning` where there is none; both have B rows.
         """
 
+    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
+        """The argument by which the pipeline takes the guidance scale. UserError for a negative prompt that the model
+        has no use for.
+        """
+        return {"guidance_scale": scale}
+
+    def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """LoRA of other programs with the layers of the model's first code taken for diffusers' modules."""
+        return tensors
+
 
 class Family(Drawable):
     """A loaded base model. It lies on one device; its weights are frozen until a method attaches.
@@ -145,6 +173,11 @@ class Family(Drawable):
     @abstractmethod
     def geometry(cls, source: str) -> Geometry:
         """Read off the model's own configuration, before any weights."""
+
+    @classmethod
+    def recommended_for(cls, source: str) -> dict[str, dict[str, Any]]:
+        """`recommended`, or what suits this one of the family's models."""
+        return cls.recommended
 
     @classmethod
     @abstractmethod
@@ -191,6 +224,17 @@ class Family(Drawable):
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
+
+    def store_in_fp8(self) -> None:
+        """Keep the denoiser's linear and convolution weights in 8 bits, cast back layer by layer as they are used.
+        For good: their lower bits are lost. After a method's `attach`, whose LoRA keeps its precision.
+        """
+        from diffusers.hooks import apply_layerwise_casting
+
+        for net in (net for net in self.nets if net.part == DENOISER):
+            module = self.module(net.name)
+            kind = next(p.dtype for n, p in module.named_parameters() if ".lora_" not in n)
+            apply_layerwise_casting(module, torch.float8_e4m3fn, kind, skip_modules_pattern=FULL_PRECISION)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, in every net."""
@@ -245,7 +289,7 @@ class Family(Drawable):
             "from diffusers import DiffusionPipeline",
             *cls._imports_for(manifest, place),
             "",
-            f'pipe = DiffusionPipeline.from_pretrained({quoted(source)}, torch_dtype=torch.float16).to("cuda")',
+            f'pipe = DiffusionPipeline.from_pretrained({quoted(source)}, torch_dtype={cls.drawing_dtype}).to("cuda")',
         ]
         if not whole and (lora := place.first(LORA_FILE, ADAPTER)):
             code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from trainer.config import JobSettings
 from trainer.methods.base import Method
+from trainer.methods.condition import Condition
 from trainer.methods.full import Full
 from trainer.methods.lora import Lora
 from trainer.methods.pivotal import Pivotal
 from trainer.methods.prefix import Prefix
 from trainer.methods.textual_inversion import TextualInversion
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Pivotal, Lora, TextualInversion, Full, Prefix)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Pivotal, Lora, TextualInversion, Full, Condition, Prefix)
+}
 
 
 def create(settings: JobSettings) -> Method:

@@ -59,8 +59,8 @@ def tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
 
 
 def adapted_nets(family: Family, settings: JobSettings) -> list[str]:
-    """Names of the nets that LoRA goes into."""
-    return [net.name for net in family.nets if net.part == DENOISER or settings.train_text_encoder]
+    """Names of the nets that are adapted; a net without targets never is."""
+    return [net.name for net in family.nets if net.part == DENOISER or (settings.train_text_encoder and net.targets)]
 
 
 def net_configs(family: Family, nets: list[str]) -> dict[str, dict]:

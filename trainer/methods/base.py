@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from preprocessing.prepared import PreparedDataset
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
 from trainer.families.base import Drawable, Family, TextTower
+from trainer.samples import Batch, Conditioning, Picture
 
 
 @dataclass
@@ -42,6 +46,10 @@ class Method(ABC):
     changes_text: bool = False  # whether prompts without the trigger are encoded otherwise than before
     changes_null: bool = False  # whether no caption is, too
     in_stock_pipelines: ClassVar[bool] = True  # whether other programs have a place for such weights
+    needs_vae: bool = False  # whether pictures are encoded while training
+    # whether pictures are drawn from condition pictures: no stock pipeline and no other program draws with the adapter,
+    # and what is drawn is meant to look like pictures of the data set
+    draws_from_conditions: ClassVar[bool] = False
 
     def __init__(self, settings: JobSettings):
         self.settings = settings
@@ -81,6 +89,35 @@ class Method(ABC):
     def reserved(self, tower: TextTower) -> int:
         """How many of the tokens that a text encoder reads are not the caption's."""
         return 0
+    def picture(self, picture: Picture) -> Picture:
+        """A prepared picture as it is to be drawn."""
+        return picture
+
+    def sample_conditioning(self, family: Family, picture: Picture) -> Conditioning:
+        """What the method adds to a sample's conditioning, without a batch dimension. Called before `attach`."""
+        return {}
+
+    def prepared(self, family: Family, batch: Batch, dropout: bool = True) -> Batch:
+        """A batch with what the method draws anew for every step; without `dropout` nothing is left out by chance."""
+        return batch
+
+    def prompted(self, batch: Batch) -> Batch:
+        """A prepared batch without what the method added to its conditioning: as a prompt alone is drawn."""
+        return batch
+
+    def drawing_settings(self, dataset: PreparedDataset, picture: int, folder: Path, strength: float) -> dict[str, Any]:
+        """How the finished weights draw a sample at a strength, beside its prompt and size: values of DrawSettings.
+        `picture` of the data set may be shown to them; `folder` takes files that they need.
+        """
+        return {"lora_scale": strength}
+
+    def drawing_conditioning(
+        self, family: Drawable, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
+    ) -> Conditioning:
+        """What condition pictures (RGB, of the drawn picture's size) add to its conditioning, [1, ...] each. `ready`:
+        they are the conditions themselves; `hole`: the pixels to draw, bool [H, W].
+        """
+        raise UserError(f"condition: weights trained by method {self.name} draw from no condition picture; leave it.")
 
     @abstractmethod
     def disabled(self, family: Family) -> AbstractContextManager[None]:
@@ -104,6 +141,11 @@ class Method(ABC):
         adapter = folder / artifact.ADAPTER
         if adapter.is_file():
             adapter.replace(folder / artifact.LORA_FILE)
+
+    @classmethod
+    def told_in(cls, header: Mapping[str, str]) -> dict[str, Any]:
+        """Settings without which the adapter cannot be used, from the header of an adapter.safetensors on its own."""
+        return {}
 
     @abstractmethod
     def load(self, folder: Path, family: Drawable) -> None:

@@ -62,7 +62,9 @@ class NewTokens:
         self._towers.append(part := _Tower(tower, None, std, original, tower.tokenizer))
         tower.encoder.resize_token_embeddings(max(len(tokenizer), len(original)), mean_resizing=False)
         ids = tokenizer.convert_tokens_to_ids(self.names)
-        config = TrainableTokensConfig(token_indices=ids, target_modules=["token_embedding"], init_weights=True)
+        config = TrainableTokensConfig(
+            token_indices=ids, target_modules=[_embedding_name(tower.encoder)], init_weights=True
+        )
         (part.rows,) = inject(tower.encoder, config)
         with torch.no_grad():
             part.rows.copy_(rows)
@@ -127,6 +129,12 @@ class NewTokens:
     def rows(self) -> dict[str, Tensor]:
         """The new rows by embedding key: fp32 [n, d]."""
         return {part.tower.embedding_key: part.rows.detach().float().cpu() for part in self._towers}
+
+
+def _embedding_name(encoder: nn.Module) -> str:
+    """The last part of the vocabulary's name in a text encoder."""
+    vocabulary = encoder.get_input_embeddings()
+    return next(name for name, module in encoder.named_modules() if module is vocabulary).rsplit(".", 1)[-1]
 
 
 def token_names(count: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
-from trainer.families.base import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, Drawable, TextTower
+from trainer.families.base import DDPM_SCHEDULERS, IMAGE_TO_IMAGE, TEXT_TO_IMAGE, Drawable, TextTower
 from trainer.families.kandinsky22.decoder import Decoder
 from trainer.families.kandinsky22.half import ALL_PARTS, load_companion, load_parts
 from trainer.families.kandinsky22.prior import Prior
@@ -28,6 +27,10 @@ class Pair(Drawable):
     """Both halves; weights find theirs by the names of the nets, so one archive may hold both."""
 
     name: ClassVar[str] = "kandinsky22"
+    # diffusers' Kandinsky pipelines neither scale what the net sees nor do they call a step without generators
+    schedulers: ClassVar[dict[str, tuple[str, dict[str, Any]]]] = {
+        name: DDPM_SCHEDULERS[name] for name in ("ddim", "ddpm", "dpmsolver++")
+    }
     draw_options: ClassVar[tuple[str, ...]] = ("prior_guidance_scale", "prior_num_inference_steps")
 
     def __init__(self, prior: Prior, decoder: Decoder):
@@ -103,9 +106,6 @@ class CombinedPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        # diffusers' Kandinsky pipelines neither scale what the net sees nor do they call a step without generators
-        if hasattr(scheduler, "is_scale_input_called") or "generator" not in signature(scheduler.step).parameters:
-            raise UserError("This scheduler cannot draw with Kandinsky: use ddim, ddpm or dpmsolver++.")
         if not isinstance(scheduler, DDPMScheduler):
             # the others know nothing of a learned variance, and the pipeline splits it off where none is named
             scheduler.register_to_config(variance_type=None)
@@ -119,6 +119,8 @@ class CombinedPipeline:
         generator: list[torch.Generator],
         prior_guidance_scale: float,
         prior_num_inference_steps: int,
+        width: int,
+        height: int,
         **drawing: Any,
     ) -> Any:
         """`negative` is a text's encoding, or where there is no negative prompt `null_conditioning`'s."""
@@ -135,11 +137,13 @@ class CombinedPipeline:
         )
         away = embeds.negative_image_embeds if worded else negative["image_embeds"]
         if start := drawing.get("image"):
-            drawing |= {"image": [start] * count, "width": start.width, "height": start.height}
+            drawing |= {"image": [start] * count}
         return self._decoder_pipe(
             image_embeds=embeds.image_embeds.to(dtype),
             negative_image_embeds=away.to(dtype),
             generator=generator,
+            width=width,
+            height=height,
             **drawing,
         )
 

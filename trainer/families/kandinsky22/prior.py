@@ -37,7 +37,8 @@ from trainer.families.kandinsky22.half import (
     drawing_code,
     load_parts,
 )
-from trainer.families.stable_diffusion import TEXT_TARGETS, find_end_by_id
+from trainer.families.pipeline_family import find_end_by_id
+from trainer.families.stable_diffusion import TEXT_TARGETS
 from trainer.model_card import Place
 from trainer.samples import Conditioning, Picture, Sample
 

@@ -1,0 +1,258 @@
+"""FLUX with condition branches is one long sequence with a mask, and stock FLUX where nothing conditions it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from trainer.branches import BranchPlan, Placement
+from trainer.families.flux import CONDITION_TARGETS
+from trainer.families.flux_branches import Branches, Condition, Conditions, remove_branches
+from trainer.methods.adapters import inject
+
+TEXT, BATCH = 5, 2
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapted(net: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A small transformer with random LoRA where a condition's goes."""
+    for i, parameter in enumerate(inject(net, LoraConfig(r=3, lora_alpha=6, target_modules=CONDITION_TARGETS))):
+        parameter.data = 0.2 * randn(*parameter.shape, seed=i)
+    return net.eval()
+
+
+@pytest.fixture(params=[True, False], ids=["dev", "schnell"])
+def net(request: pytest.FixtureRequest, build_transformer) -> FluxTransformer2DModel:
+    return adapted(build_transformer(request.param))
+
+
+def inputs(net: FluxTransformer2DModel, t: float = 0.7, seed: int = 0) -> dict[str, Any]:
+    """What a pipeline gives the transformer for latents of 8x12."""
+    height, width = 4, 6
+    return {
+        "hidden_states": randn(BATCH, height * width, 16, seed=seed),
+        "encoder_hidden_states": randn(BATCH, TEXT, 24, seed=1),
+        "pooled_projections": randn(BATCH, 32, seed=2),
+        "timestep": torch.full((BATCH,), t),
+        "guidance": torch.full((BATCH,), 3.5) if net.config.guidance_embeds else None,
+        "txt_ids": torch.zeros(TEXT, 3),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32),
+    }
+
+
+def pictures(count: int, seed: int = 20) -> list[Condition]:
+    placements = [Placement(), Placement((0, -4)), Placement((0, 0), 2.0), Placement((1, 7), 0.5)]
+    sizes = [(8, 12), (4, 4), (4, 6), (6, 2)]
+    chosen = zip(placements[:count], sizes, strict=False)
+    return [Condition(randn(BATCH, 4, *size, seed=seed + i), place) for i, (place, size) in enumerate(chosen)]
+
+
+def off(net: FluxTransformer2DModel, on: bool = False) -> None:
+    for layer in net.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = not on
+
+
+def reference(net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions) -> Tensor:
+    """The whole as one sequence [text, picture, conditions] with a mask; every layer is applied twice, with and without
+    LoRA, and each token takes the one that is its own.
+    """
+    tokens = [FluxPipeline._pack_latents(one.latents, *one.latents.shape) for one in chosen.pictures]
+    sizes = [given["hidden_states"].shape[1], *(one.shape[1] for one in tokens)]
+    owner = torch.cat([torch.zeros(TEXT, dtype=torch.long)] + [torch.full((n,), i) for i, n in enumerate(sizes)])
+    ids = [one.placement.ids(one.latents.shape[2] // 2, one.latents.shape[3] // 2, "cpu") for one in chosen.pictures]
+    rotary = net.pos_embed(torch.cat([given["txt_ids"], given["img_ids"], *ids]))
+    mine, other = owner[:, None], owner[None]
+    mask = (mine == other) | (mine == 0) | ((other == 0) & (not chosen.independent))
+
+    def apply(layer: Any, x: Tensor, owners: Tensor) -> Tensor:
+        off(net)
+        plain = layer(x)
+        off(net, on=True)
+        adapted = layer(x)
+        off(net)
+        return torch.where((owners == 0).view(1, -1, 1), plain, adapted)
+
+    def temb(t: Tensor, guidance: Tensor | None) -> Tensor:
+        scaled = [t * 1000] + ([] if guidance is None else [guidance * 1000])
+        return net.time_text_embed(*scaled, given["pooled_projections"])
+
+    clean = None if given["guidance"] is None else torch.ones(BATCH)
+    embedded = [temb(given["timestep"], given["guidance"]), temb(torch.zeros(BATCH), clean)]
+    per_token = torch.stack([embedded[int(i > 0)] for i in owner.tolist()], dim=1)
+    silu, image = torch.nn.functional.silu, owner[TEXT:]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (apply_rotary_emb(one, rotary, sequence_dim=1) for one in (q, k))
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def heads(attention: Any, x: Tensor, names: list[str], owners: Tensor) -> list[Tensor]:
+        q, k, v = (apply(getattr(attention, n), x, owners).unflatten(-1, (attention.heads, -1)) for n in names[:3])
+        return [getattr(attention, names[3])(q), getattr(attention, names[4])(k), v]
+
+    text = net.context_embedder(given["encoder_hidden_states"])
+    picture = apply(net.x_embedder, torch.cat([given["hidden_states"], *tokens], dim=1), image)
+    none = torch.zeros(TEXT, dtype=torch.long)
+    for block in net.transformer_blocks:
+        attention = block.attn
+        mods = apply(block.norm1.linear, silu(per_token[:, TEXT:]), image).chunk(6, dim=-1)
+        text_mods = block.norm1_context.linear(silu(per_token[:, :TEXT])).chunk(6, dim=-1)
+        states = block.norm1.norm(picture) * (1 + mods[1]) + mods[0]
+        text_states = block.norm1_context.norm(text) * (1 + text_mods[1]) + text_mods[0]
+        own = heads(attention, states, ["to_q", "to_k", "to_v", "norm_q", "norm_k"], image)
+        added = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"]
+        both = zip(heads(attention, text_states, added, none), own, strict=True)
+        read = attend(*(torch.cat(pair, dim=1) for pair in both))
+        picture = picture + mods[2] * apply(attention.to_out[0], read[:, TEXT:], image)
+        text = text + text_mods[2] * attention.to_add_out(read[:, :TEXT])
+        picture = picture + mods[5] * apply(block.ff, block.norm2(picture) * (1 + mods[4]) + mods[3], image)
+        text = text + text_mods[5] * block.ff_context(block.norm2_context(text) * (1 + text_mods[4]) + text_mods[3])
+    whole = torch.cat([text, picture], dim=1)
+    for block in net.single_transformer_blocks:
+        mods = apply(block.norm.linear, silu(per_token), owner).chunk(3, dim=-1)
+        states = block.norm.norm(whole) * (1 + mods[1]) + mods[0]
+        read = attend(*heads(block.attn, states, ["to_q", "to_k", "to_v", "norm_q", "norm_k"], owner))
+        mlp = block.act_mlp(apply(block.proj_mlp, states, owner))
+        whole = whole + mods[2] * apply(block.proj_out, torch.cat([read, mlp], dim=2), owner)
+    image_tokens = whole[:, TEXT : TEXT + sizes[0]]
+    return net.proj_out(net.norm_out(image_tokens, embedded[0]))
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_branches_are_one_sequence_with_a_mask(net, count, independent):
+    chosen = Conditions(pictures(count), independent)
+    given = inputs(net)
+    with torch.no_grad():
+        expected = reference(net, given, chosen)
+        branches = Branches(net)
+        with branches.on(chosen):
+            found = net(**given).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_gradients_are_those_of_the_one_sequence_and_of_checkpointing(net):
+    chosen, given = Conditions(pictures(2)), inputs(net)
+    parameters = [p for n, p in net.named_parameters() if ".lora_" in n]
+    for p in parameters:
+        p.requires_grad_(True)
+    expected = torch.autograd.grad(reference(net, given, chosen).square().mean(), parameters, allow_unused=True)
+    branches = Branches(net)
+    for checkpointing in (False, True):
+        net.train(checkpointing)
+        (net.enable_gradient_checkpointing if checkpointing else net.disable_gradient_checkpointing)()
+        with branches.on(chosen):
+            found = torch.autograd.grad(net(**given).sample.square().mean(), parameters, allow_unused=True)
+        for one, other in zip(found, expected, strict=True):
+            if one is None:  # behind the last block's keys and values, where nothing reads a condition
+                assert not other.any()
+            else:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert sum(one is None for one in found) == 2 * len(("to_q", "proj_mlp", "proj_out"))
+
+
+def test_without_conditions_it_is_the_stock_model_and_so_it_is_afterwards(net):
+    given = inputs(net)
+    with torch.no_grad():
+        off(net)
+        expected = net(**given).sample
+        off(net, on=True)
+        adapted = net(**given).sample
+        branches = Branches(net)
+        assert torch.equal(net(**given).sample, expected)
+        with branches.on(Conditions(pictures(1), strength=0.0)):
+            torch.testing.assert_close(net(**given).sample, expected)
+        remove_branches(net)
+        assert torch.equal(net(**given).sample, adapted) and not torch.equal(adapted, expected)
+    assert "forward" not in net.__dict__ and "forward" not in net.transformer_blocks[0].__dict__
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_stored_keys_and_values_change_nothing(net, count):
+    branches, steps = Branches(net), [inputs(net, t, seed=i) for i, t in enumerate((1.0, 0.6, 0.2))]
+    results = []
+    with torch.no_grad():
+        for stores in (None, {}):
+            with branches.on(Conditions(pictures(count), independent=True, stores=stores)):
+                results.append([net(**given).sample for given in steps])
+    for plain, stored in zip(*results, strict=True):
+        assert torch.equal(plain, stored)
+
+
+def test_a_condition_does_not_see_another(net, monkeypatch):
+    seen: dict[str, list[Tensor]] = {}
+    given = inputs(net)
+    with torch.no_grad():
+        for name, seed in (("a", 20), ("b", 40)):
+            stores: dict[int, Any] = {}
+            changed = [pictures(2)[0], pictures(2, seed)[1]]
+            with Branches(net).on(Conditions(changed, independent=True, stores=stores)):
+                net(**given)
+            (store,) = stores.values()
+            seen[name] = [pair for layer in range(4) for pair in store.read(layer)]
+            remove_branches(net)
+    for layer in range(4):
+        for one, other in zip(seen["a"][2 * layer], seen["b"][2 * layer], strict=True):
+            assert torch.equal(one, other)
+        assert not torch.equal(seen["a"][2 * layer + 1][0], seen["b"][2 * layer + 1][0])
+
+
+def test_strength_multiplies_the_weights_of_the_conditions_keys(net):
+    """A strength of 2 is the condition given twice, where conditions are independent."""
+    (picture,) = pictures(1)
+    branches, given = Branches(net), inputs(net)
+    with torch.no_grad():
+        with branches.on(Conditions([picture], independent=True, strength=2.0)):
+            strong = net(**given).sample
+        with branches.on(Conditions([picture, picture], independent=True)):
+            twice = net(**given).sample
+    torch.testing.assert_close(strong, twice, rtol=1e-4, atol=2e-5)
+
+
+def test_generated_tokens_alone_are_computed_and_all_are_returned(net):
+    """Token integration: 4x6 tokens, some generated, the others known; not square, two rows."""
+    generated = torch.tensor([0, 3, 4, 9, 10, 23])
+    kept = torch.tensor([i for i in range(24) if i not in generated.tolist()])
+    known, given = randn(BATCH, 4, 8, 12, seed=50), inputs(net, t=0.5)
+    condition = Condition(known, Placement(), kept)
+    counted = []
+    net.x_embedder.register_forward_hook(lambda _, args, __: counted.append(args[0].shape[1]))
+    with torch.no_grad(), Branches(net).on(Conditions([condition], generated=generated, known=known)):
+        velocity = net(**given).sample
+    assert counted == [6, 18]
+    clean = FluxPipeline._pack_latents(known, *known.shape)
+    straight = given["hidden_states"] - 0.5 * velocity
+    torch.testing.assert_close(straight[:, kept], clean[:, kept])
+    assert not torch.allclose(straight[:, generated], clean[:, generated], atol=0.1)
+
+
+def test_the_layers_that_get_lora(net):
+    names = [name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)]
+    own = [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+    hits = [name for name in own if re.fullmatch(CONDITION_TARGETS, name)]
+    assert len(hits) == 1 + 6 * 2 + 6 * 2
+    assert "x_embedder" in hits and "single_transformer_blocks.1.proj_out" in hits and "proj_out" not in hits
+
+
+def test_positions_are_scaled_then_shifted():
+    ids = Placement((1.0, -32.0), 2.0).ids(2, 2, torch.device("cpu"))
+    assert ids.tolist() == [[0, 1.5, -31.5], [0, 1.5, -29.5], [0, 3.5, -31.5], [0, 3.5, -29.5]]
+
+
+def test_a_plan_says_who_sees_whom():
+    assert BranchPlan(2).sees(0) == (0, 1, 2) and BranchPlan(2).sees(2) == (0, 2)
+    assert BranchPlan(2, independent=True).sees(2) == (2,)
+    assert list(BranchPlan(2, independent=True, stored=True).computed) == [0]
