@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from preprocessing.errors import UserError
-from tests.trainer.conftest import tiny_text_config, tiny_tokenizer
+from tests.trainer.tiny import tiny_text_config, tiny_tokenizer
 from trainer.families.base import TextTower
 from trainer.families.stable_diffusion import find_end_by_id
 from trainer.methods.soft_prefix import SoftPrefix, initial_rows

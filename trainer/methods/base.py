@@ -89,6 +89,7 @@ class Method(ABC):
     def reserved(self, tower: TextTower) -> int:
         """How many of the tokens that a text encoder reads are not the caption's."""
         return 0
+
     def picture(self, picture: Picture) -> Picture:
         """A prepared picture as it is to be drawn."""
         return picture

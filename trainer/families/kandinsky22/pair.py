@@ -67,7 +67,7 @@ class Pair(Drawable):
     def encode_text(self, captions: list[str]) -> Conditioning:
         return self.prior.encode_text(captions)
 
-    def null_conditioning(self) -> Conditioning:
+    def negative_conditioning(self) -> Conditioning:
         """The embedding of a black picture, from which the decoder is led away, and the empty text, the prior."""
         return {"image_embeds": self.prior.black_embeds(), **self.prior.null_conditioning()}
 
@@ -123,7 +123,7 @@ class CombinedPipeline:
         height: int,
         **drawing: Any,
     ) -> Any:
-        """`negative` is a text's encoding, or where there is no negative prompt `null_conditioning`'s."""
+        """`negative` is a text's encoding, or where there is no negative prompt `negative_conditioning`'s."""
         dtype, count = self._decoder_pipe.unet.dtype, len(generator)
         worded = "image_embeds" not in negative
         self._prior_pipe.give(text, negative, worded)
