@@ -143,7 +143,7 @@ class Studio:
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
         shown = [("condition", path) for path in settings.condition or ()]
-        shown += [("references", path) for path in settings.references]
+        shown += [("references", path) for path in settings.references or ()]
         for name, path in (("image", settings.image), ("mask", settings.mask), *shown):
             if path and not path.is_file():
                 raise UserError(f"{name} {path} does not exist: give the path of a picture")
@@ -218,7 +218,7 @@ class Predictor(BaseRunner):
         seed: Optional[int] = Input(default=None, ge=0, description="The same seed draws the same picture."),
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),
         token_scale: Optional[float] = Input(default=None, ge=0, le=2, description="Strength of the trained tokens."),
-        references: List[Path] = Input(default=[], description="Pictures that the prompt speaks of (OmniGen2)."),
+        references: Optional[Path] = Input(default=None, description="Picture to edit, or to draw from (OmniGen2)."),
         image: Optional[Path] = Input(default=None, description="Picture to start from (img2img)."),
         mask: Optional[Path] = Input(default=None, description="As large as image: white is drawn anew (inpainting)."),
         prompt_strength: float = Input(default=0.8, ge=0, le=1, description="With an image: 1 draws over all of it."),
@@ -233,7 +233,8 @@ class Predictor(BaseRunner):
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""
-        inputs["condition"] = None if inputs["condition"] is None else (inputs["condition"],)
+        for name in ("condition", "references"):
+            inputs[name] = None if inputs[name] is None else (inputs[name],)
         places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)

@@ -39,8 +39,8 @@ class DrawSettings(BaseModel):
     token_scale: float | None = Field(
         None, ge=0, le=2, description="Strength of the trained tokens; null: one that suits lora_scale."
     )
-    references: tuple[Path, ...] = Field(
-        (), max_length=5, description="Pictures that the prompt speaks of (OmniGen2): one is edited, of more it takes."
+    references: tuple[Path, ...] | None = Field(
+        None, min_length=1, max_length=5, description="Pictures that the prompt speaks of (OmniGen2); one is edited."
     )
     image: Path | None = Field(None, description="Picture to start from (img2img).")
     mask: Path | None = Field(

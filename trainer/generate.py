@@ -182,7 +182,7 @@ class Generator:
     def _size(self, settings: DrawSettings) -> tuple[int, int]:
         """Width and height: as wanted, or that of the one reference, which is edited, or the model's usual ones."""
         usual = self.geometry.resolution
-        if len(settings.references) == 1 and settings.width is None and settings.height is None:
+        if settings.references and len(settings.references) == 1 and settings.width is None and settings.height is None:
             return self._references(settings)[0].size
         return settings.width or usual, settings.height or usual
 
