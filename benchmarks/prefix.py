@@ -1,7 +1,8 @@
 """LoRA against prompt training, measured: `python -m benchmarks.prefix --out results.json [--model toybox/sd ...]`
 
-For each base model and method the real job trains on the demo pictures, in a process of its own. Told are what is
-trained and stored, the seconds of a step, the most memory that training took beyond what was there before its first
+For each base model and method the real job trains on the demo pictures, in a process of its own, on one thread. Told
+are what is trained and stored, the processor's seconds of a step (which others on the machine hardly change), the most
+memory that training took beyond what was there before its first
 step, and of the toybox's models how the weights draw. The small OmniGen2 has random weights, in about the published
 proportion of language model to denoiser: of it there is nothing to draw. A result that `--out` holds is kept.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ FEW = 25  # steps of a model that has nothing to learn
 
 
 class Watch(Clock):
-    """Notes when each step ended, and the process's memory: before the first step, and the most since then, in MiB.
+    """Notes the processor's time at the end of each step, and the process's memory: before the first step, and the most
+    since then, in MiB.
 
     The kernel's own count of the most can be reset on Linux alone; elsewhere both stay None.
     """
@@ -42,7 +46,8 @@ class Watch(Clock):
         self.most: float | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        super().__call__(stage, done, total)
+        if stage == "train" and done:
+            self.ends.append(time.process_time())
         status = Path("/proc/self/status")
         if stage != "train" or not status.exists():
             return
@@ -154,7 +159,7 @@ def scores(archive: Path) -> dict[str, float]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown."""
     lines = [
-        "| base model | method | trained parameters | stored | step | memory | gain | subject | background | position "
+        "| base model | method | trained parameters | stored | step (CPU) | memory | gain | subject | background | position "
         "| drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -191,7 +196,7 @@ def main(argv: list[str]) -> None:
             with tempfile.TemporaryDirectory(prefix="prefix-") as folder:
                 single = Path(folder) / "one.json"
                 command = [sys.executable, "-m", "benchmarks.prefix", "--out", single, "--one", model, method]
-                subprocess.run(command, check=True, cwd=ROOT)
+                subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 results[key] = json.loads(single.read_text(encoding="utf-8"))
             args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(table(results))
