@@ -2,9 +2,9 @@
 
 For each base model and method the real job trains on the demo pictures, in a process of its own, on one thread. Told
 are what is trained and stored, the processor's seconds of a step (which others on the machine hardly change), the most
-memory that training took beyond what was there before its first
-step, and of the toybox's models how the weights draw. The small OmniGen2 has random weights, in about the published
-proportion of language model to denoiser: of it there is nothing to draw. A result that `--out` holds is kept.
+memory that training took beyond what was there before its first step, and of the toybox's models how the weights draw.
+The small OmniGen2 has random weights, in about the published proportion of language model to denoiser: of it there is
+nothing to draw. A result that `--out` holds is kept.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def scores(archive: Path) -> dict[str, float]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown."""
     lines = [
-        "| base model | method | trained parameters | stored | step (CPU) | memory | gain | subject | background | position "
-        "| drift |",
+        "| base model | method | trained parameters | stored | step (CPU) | memory | gain | subject | background "
+        "| position | drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, one in results.items():
