@@ -33,7 +33,7 @@ def measure(base_model: str, steps: int, counts: range) -> list[dict[str, Any]]:
     from trainer.methods import adapters
 
     generator = Generator(base_model)
-    family, size = generator.family, generator.resolution
+    family, size = generator.family, generator.geometry.resolution
     net = family.module("transformer")
     targets, unread = family.condition_layers()
     adapters.inject(net, LoraConfig(r=4, target_modules=targets, exclude_modules=unread))
@@ -70,7 +70,7 @@ def _drawn(generator: Any, conditions: dict[str, Any], steps: int, reuse: bool) 
     family = generator.family
     pipe, text = family.pipeline(), family.encode_text(["a photo of a dog"])
     inputs = {name: value for name, value in family.pipeline_inputs(text, text).items() if "negative" not in name}
-    size, times, latents = generator.resolution, [], None
+    size, times, latents = generator.geometry.resolution, [], None
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
             chosen = replace(family.conditions_of(conditions), stores={} if reuse else None)

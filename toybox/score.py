@@ -170,20 +170,20 @@ def score_condition(generator: Generator, weights: Path, count: int) -> Table:
     """Rows "without" and "with" the weights: how often each attribute of a scene is right where no prompt, and with the
     weights the scene's own picture as the condition, says anything. The right half is to be drawn, for task fill.
     """
-    from trainer.condition_tasks import Task, task
+    from trainer.condition_tasks import task
     from trainer.drawing import DrawSettings
 
     scenes, seeds = base_scenes(count), picture_seeds(count)
     rows = {"without": shares(generator.draw_prompts([""] * count, seeds, DrawSettings(prompt="")), scenes)}
     generator.use(weights)
-    tasks = [task(name) for name in generator.manifest.settings["condition_tasks"]]
+    tasks = [task(name) for name in generator.manifests[0].settings["condition_tasks"]]
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
         path, mask = Path(folder) / "scene.png", Path(folder) / "mask.png"
         right = Image.new("L", (SIZE, SIZE))
         right.paste(255, (SIZE // 2, 0, SIZE, SIZE))
         right.save(mask)
-        filled = any(type(one).hole is not Task.hole for one in tasks)
+        filled = any(one.has_holes for one in tasks)
         for scene, seed in zip(scenes, seeds, strict=True):
             render(scene).save(path)
             chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=mask if filled else None)

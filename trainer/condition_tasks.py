@@ -46,6 +46,11 @@ class Task:
         """Which pixels of a picture (width, height) are to be drawn: bool [height, width]; None: all of them."""
         return None
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether only a part of a picture is to be drawn."""
+        return type(self).hole is not Task.hole
+
 
 class Canny(Task):
     """Edges, white on black."""

@@ -119,6 +119,9 @@ def cross_validated(parts: Loaded, plan: Plan, cached: Cache, folds: Sequence[tu
     """
     settings, method, family = plan.settings, parts.method, parts.family
     found: list[History | None] = []
+    # beside weights that are stored in 8 bits peft rounds a fresh adapter to 8 bits, too: each run begins as the first
+    rounds = settings.base_precision == "fp8"
+    fresh = [p.detach().clone() for group in plan.groups for p in group.parameters] if rounds else []
     for number, fold in enumerate(folds, start=1):
         folder = settings.output_dir / EVALUATION / f"fold_{number}"
         finished = history.read(folder / HISTORY, settings.max_train_steps) if settings.resume else None
@@ -139,6 +142,8 @@ def cross_validated(parts: Loaded, plan: Plan, cached: Cache, folds: Sequence[tu
             finished = judge.history if parts.accelerator.is_main_process else None
             method.detach(family)
             plan.groups[:] = method.attach(family)
+            for parameter, value in zip((p for group in plan.groups for p in group.parameters), fresh, strict=False):
+                parameter.data.copy_(value)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         found.append(finished)
     return history.merged(found) if found and parts.accelerator.is_main_process else None

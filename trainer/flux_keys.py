@@ -66,6 +66,7 @@ DOTTED_KEY = re.compile(
     r"\.(lora_A\.weight|lora_B\.weight|lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 KOHYA_PART = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+WIDTH = 3072  # of FLUX.1's tokens
 DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
 
 
@@ -229,7 +230,16 @@ def fused_rows(transformer: nn.Module) -> dict[str, int]:
     return found
 
 
+def architecture(transformer: nn.Module) -> dict[str, str]:
+    """Header fields that name FLUX.1 as kohya and ModelSpec do, where the transformer is of its width."""
+    config = transformer.config
+    if config.num_attention_heads * config.attention_head_dim != WIDTH:
+        return {}
+    name = "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
+    return {"ss_base_model_version": "flux1", "modelspec.architecture": f"{name}/lora"}
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest, transformer: nn.Module) -> None:
     """Write LoRA (keys as in adapter.safetensors) as a file that ComfyUI, Forge and sd-scripts load, whole."""
-    header = kohya.header(dict(tensors), manifest)
+    header = kohya.header(dict(tensors), manifest) | architecture(transformer)
     save_tensors(path, to_first_names(tensors, manifest, fused_rows(transformer)), header)

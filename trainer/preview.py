@@ -66,7 +66,7 @@ class Gallery:
     nearest: list[tuple[Path, int, float]]  # sample, index of the nearest picture in the data set, distance
     seen: Seen
     extra_share: float  # of the pictures, those beyond the previews
-    remarks: tuple[str, ...] = ()  # on what could not be drawn
+    remarks: tuple[str, ...] = ()  # on what could not be drawn or told
 
 
 def draw_gallery(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from trainer.drawing import DrawSettings
 from trainer.generate import Generator
 
 PROMPT = "TOK on a hill"
-CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
+CALL = {"num_inference_steps": 2, "guidance_scale": 5.0, "width": 32, "height": 32}
 
 
 def drawn(generator: Generator, prompt: str = PROMPT, **changes: Any) -> np.ndarray:
@@ -28,4 +29,11 @@ def pixels(picture: Image.Image) -> np.ndarray:
 def stock_picture(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     """What a pipeline of diffusers draws of it."""
     pipe.set_progress_bar_config(disable=True)
-    return pixels(pipe(prompt, generator=torch.Generator().manual_seed(4), **CALL).images[0])
+    return pixels(pipe(prompt, generator=torch.Generator().manual_seed(4), **call_of(pipe)).images[0])
+
+
+def call_of(pipe: Any) -> dict[str, Any]:
+    """`CALL` for a stock pipeline; FLUX's pads T5's text to 512 tokens, whatever the tokenizer says."""
+    if "max_sequence_length" not in signature(pipe.__call__).parameters:
+        return CALL
+    return CALL | {"max_sequence_length": pipe.tokenizer_2.model_max_length}

@@ -55,7 +55,11 @@ def read_back(path: Path, lab, tiny_model: Path) -> Weights:
         return Weights.read(folder)
 
 
-@pytest.mark.parametrize("variant", ["lora text", "pivotal dora"])
+@pytest.mark.parametrize(
+    ("tiny_model", "variant"),
+    [(model, variant) for model in ("sd", "xl", "flux") for variant in ("lora text", "pivotal dora")],
+    indirect=["tiny_model"],
+)
 def test_round_trips_are_exact(variant, exported, lab, tiny_model) -> None:
     folder, out = exported(variant)
     ours = Weights.read(folder)
@@ -71,7 +75,9 @@ def test_round_trips_are_exact(variant, exported, lab, tiny_model) -> None:
         found = read_back(out / name, lab, tiny_model)
         assert found.manifest.trigger_word == "TOK"
         assert all(torch.equal(value, found.rows[key]) for key, value in ours.rows.items()), name
-    found = read_back(out / "peft" / "unet", lab, tiny_model)
+    denoiser = lab.family.nets[0].name
+    found = read_back(out / "peft" / denoiser, lab, tiny_model)
+    assert {key.partition(".")[0] for key in found.tensors} == {denoiser}
     assert all(torch.equal(value, ours.tensors[key]) for key, value in found.tensors.items())
 
 
@@ -80,6 +86,7 @@ def test_round_trips_are_exact(variant, exported, lab, tiny_model) -> None:
     [  # of kohya's keys diffusers' loader drops DoRA's magnitudes, with a warning: docs/interoperability.md says so
         ("xl", "pivotal", "kohya"),
         ("sd", "pivotal dora", "diffusers"),
+        ("flux", "pivotal", "diffusers"),
         *(pytest.param("sd", "pivotal", source, marks=SLOW) for source in ("kohya", "diffusers")),
         *(pytest.param("xl", "lora text", source, marks=SLOW) for source in ("kohya", "diffusers")),
         pytest.param("xl", "pivotal dora", "diffusers", marks=SLOW),
@@ -107,12 +114,13 @@ def load_embeddings(pipe: Any, out: Path, name: str) -> None:
         pipe.load_textual_inversion(out, **own)
         return
     rows = load_file(out / name)
-    for key, encoder, tokenizer in (
-        ("clip_l", pipe.text_encoder, pipe.tokenizer),
-        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
-    ):
+    keys = ("clip_l", "t5") if "t5" in rows else ("clip_l", "clip_g")
+    encoders = ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
+    for key, (encoder, tokenizer) in zip(keys, encoders, strict=True):
         pipe.load_textual_inversion(rows[key], token="tok", text_encoder=encoder, tokenizer=tokenizer)
-    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+        for module in encoder.modules():  # else CLIP pools at the last new token
+            if getattr(module, "eos_token_id", None) == 2:
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 @SD_ONLY
@@ -130,6 +138,8 @@ def test_peft_itself_reads_its_format(exported, lab, tiny_model) -> None:
     [
         ("xl", "pivotal dora"),
         ("sd", "lora text"),
+        ("flux", "pivotal"),
+        pytest.param("flux", "lora text", marks=SLOW),
         *(pytest.param("sd", variant, marks=SLOW) for variant in ("pivotal", "pivotal dora", "inversion", "full")),
         *(pytest.param("xl", variant, marks=SLOW) for variant in ("lora text", "inversion", "full")),
     ],

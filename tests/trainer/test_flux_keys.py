@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.loaders import lora_conversion_utils as stock
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from preprocessing.errors import UserError
+from tests.trainer.test_golden_names import golden
 from trainer import artifact, flux_keys
-from trainer.adapter_keys import read_adapter
+from trainer.adapter_keys import layers, read_adapter
 from trainer.artifact import Manifest
 from trainer.families.base import Family
 from trainer.families.flux import ATTENTION, MLPS, MODULATIONS
@@ -106,6 +109,20 @@ def test_the_keys_that_are_written(family):
         lines.append(f"{stem} {down.shape[0]}x{down.shape[1]} {up.shape[0]}x{up.shape[1]} {found[key].item()}")
     assert sorted(lines) == GOLDEN.split("\n")[1:-1]
     assert len(found) == 3 * len(lines)
+
+
+def test_every_layer_of_flux_has_its_published_name():
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(guidance_embeds=True)
+    found = defaultdict(list)
+    for name in layers(net):
+        stem, place = flux_keys.stem_of(name)
+        found[f"lora_unet_{stem}"].append((place, name))
+    assert sorted(found) == sorted(row[0] for row in golden("flux"))
+    assert sum("_blocks_" in name for name in found) == 304  # as kohya's trainer reports
+    for stem, modules in found.items():
+        assert tuple(name for _, name in sorted(modules)) == flux_keys.modules_of(stem.removeprefix("lora_unet_"))
+    assert flux_keys.architecture(net)["modelspec.architecture"] == "flux-1-dev/lora"
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, (*ATTENTION, *MLPS, *MODULATIONS), ("to_q", "norm_out.linear")])

@@ -52,6 +52,9 @@ class TrueSize:
     def module(self, name: str) -> nn.Module:
         return self.parts[name]
 
+    def own_keys(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors
+
     def every_layer(self) -> dict[str, torch.Tensor]:
         """LoRA of rank 2 on every layer that a kohya file may adapt."""
         state = {}

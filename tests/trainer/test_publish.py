@@ -20,7 +20,7 @@ from PIL import Image
 
 import train
 from preprocessing.errors import UserError
-from tests.trainer.pictures import CALL, drawn, pixels
+from tests.trainer.pictures import call_of, drawn, pixels
 from trainer import artifact, delivery, hub, job, model_card, publish
 from trainer.generate import Generator
 from trainer.model_card import Place
@@ -195,6 +195,7 @@ def test_what_cannot_come_to_anything_is_told_before_training(settings, monkeypa
     ("tiny_model", "variant", "place"),
     [
         ("xl", "pivotal", "hub"),
+        ("flux", "pivotal", "archive"),
         pytest.param("xl", "pivotal dora", "archive", marks=pytest.mark.slow),
         pytest.param("sd", "pivotal", "archive", marks=pytest.mark.slow),
         pytest.param("sd", "lora", "hub", marks=pytest.mark.slow),
@@ -218,11 +219,12 @@ def test_the_cards_python_draws_what_we_draw(variant, place, finished, tiny_mode
         '"me/robot", weight': f'"{where}", weight',
         '"trained_model': f'"{where}',
         ".float16": ".float32",
+        ".bfloat16": ".float32",
         '.to("cuda")': "",
-        ").images[0]": ", generator=torch.Generator().manual_seed(4), **CALL).images[0]",
+        ").images[0]": ", generator=torch.Generator().manual_seed(4), **call_of(pipe)).images[0]",
     }.items():
         code = code.replace(written, here)
-    values: dict[str, Any] = {"CALL": CALL}
+    values: dict[str, Any] = {"call_of": call_of}
     exec(code, values)
     generator = Generator(str(tiny_model), "cpu")
     generator.use(folder)

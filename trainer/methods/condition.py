@@ -79,6 +79,9 @@ class Condition(Method):
         if self._start is not None:
             config = adapters.saved_configs(self._start, family)[net.name]
             tensors, _ = artifact.load_tensors(self._start / artifact.ADAPTER)
+            given = {key.removeprefix(f"{net.name}.").partition(".lora_")[0] for key in tensors}
+            if settings.target_modules and not all(re.fullmatch(pattern, name) for name in given):
+                raise UserError("target_modules does not agree with init_adapter: leave it out.")
             parameters = adapters.put_in(module, net.name, config, tensors)
         else:
             parameters = self._injected(module, pattern, unread)
@@ -217,7 +220,7 @@ class Condition(Method):
             uploaded[i] if one.paired and i < len(uploaded) else dataset.folder / item.image
             for i, one in enumerate(self.tasks)
         )
-        if any(_has_holes(one) for one in self.tasks):
+        if any(one.has_holes for one in self.tasks):
             given["mask"] = folder / "mask.png"
             right = Image.new("L", item.size, 0)
             right.paste(255, (item.size[0] // 2, 0, *item.size))
@@ -235,7 +238,7 @@ class Condition(Method):
         given: Conditioning = {}
         for index, (one, picture) in enumerate(zip(self.tasks, pictures, strict=True)):
             made = picture if ready or one.paired else one.condition(picture, None)
-            filled = blackened(made, hole if _has_holes(one) else None)
+            filled = blackened(made, hole if one.has_holes else None)
             given[f"condition_{index}"] = self._latents(family, [self._sized(filled, one, family)])
         if self.settings.token_integration:
             if hole is None:
@@ -294,10 +297,6 @@ class Condition(Method):
         """Text and picture are on the base weights anyway: without conditions it is the base model."""
         with family.unconditioned():
             yield
-
-
-def _has_holes(one: Task) -> bool:
-    return type(one).hole is not Task.hole
 
 
 def check_pattern(pattern: str, net: nn.Module) -> None:
