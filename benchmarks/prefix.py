@@ -4,7 +4,7 @@ For each base model and method the real job trains on the demo pictures, in a pr
 are what is trained and stored, the processor's seconds of a step (which others on the machine hardly change), the most
 memory that training took beyond what was there before its first step, and of the toybox's models how the weights draw.
 The small OmniGen2 has random weights, in about the published proportion of language model to denoiser: of it there is
-nothing to draw. A result that `--out` holds is kept.
+nothing to draw. A result that `--out` holds is kept. `--costs` stops after a few steps and leaves the drawing out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
 METHODS = ("pivotal", "lora", "prefix")
 OMNIGEN2_METHODS = ("lora", "prefix", "prefix, checkpointed")
 SCORES = ("subject", "background", "position")
-FEW = 25  # steps of a model that has nothing to learn
+FEW = 25  # steps where costs alone are asked for
 
 
 class Watch(Clock):
@@ -110,20 +110,21 @@ def save_small_omnigen2(folder: Path) -> None:
     (folder / RECOMMENDED).write_text(json.dumps({"draw": drawing}), encoding="utf-8")
 
 
-def settings_of(model: str, method: str, folder: Path) -> dict[str, Any]:
+def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str, Any]:
     """The job's settings; the small OmniGen2 is made for it."""
     name, _, checkpointed = method.partition(", ")
     chosen = {"input_images": ROOT / "recipes" / "demo.zip", "output_dir": folder / "out", "base_model": model}
     chosen |= {"method": name, "holdout": 0, "evaluate_every": 10**6, "report_to": "none", "workers": 0}
+    drawn = {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
     if model != OMNIGEN2:
-        return chosen
+        return chosen | ({"max_train_steps": FEW} | drawn if costs else {})
     save_small_omnigen2(folder / "model")
     few = {"max_train_steps": FEW, "train_batch_size": 2, "resolution": 256, "captioner": "none"}
-    drawn = {"preview_prompts": ("TOK",), "preview_seeds": (0,), "learning_rate": 1e-3, "small_pictures": "upscale"}
+    few |= {"learning_rate": 1e-3, "small_pictures": "upscale"}
     return chosen | few | drawn | {"base_model": str(folder / "model"), "gradient_checkpointing": bool(checkpointed)}
 
 
-def measure(model: str, method: str) -> dict[str, Any]:
+def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
     """One job, in this process."""
     from trainer import artifact, job
     from trainer.config import JobSettings
@@ -131,7 +132,7 @@ def measure(model: str, method: str) -> dict[str, Any]:
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="prefix-") as name:
         folder = Path(name)
-        settings = job.fill(JobSettings(**settings_of(model, method, folder)))
+        settings = job.fill(JobSettings(**settings_of(model, method, folder, costs)))
         result = job.train(settings, progress=watch)
         weights = folder / "out" / "weights" / "last"
         files = [path for path in weights.glob("*.safetensors") if path.is_file()]
@@ -146,7 +147,7 @@ def measure(model: str, method: str) -> dict[str, Any]:
             "learning_rate": settings.learning_rate,
             "machine": machine(),
         }
-        return measured | ({} if model == OMNIGEN2 else {"scores": scores(result.archive)})
+        return measured | ({} if costs else {"scores": scores(result.archive)})
 
 
 def scores(archive: Path) -> dict[str, float]:
@@ -164,7 +165,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, one in results.items():
-        model, method = key.split("|")
+        model, method = key.split("|")[:2]
         memory = "" if one["memory_mib"] is None else f"{one['memory_mib']:.0f} MiB"
         cells = [model, method, f"{one['parameters']:,}", f"{one['stored_bytes'] / 1000:,.0f} kB"]
         cells += [f"{one['seconds_per_step']:.2f} s", memory]
@@ -182,20 +183,23 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON that results are kept in")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["toybox/sd", OMNIGEN2])
+    parser.add_argument("--costs", action="store_true", help="few steps, and nothing is drawn and scored")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help="measure this in this process only")
     args = parser.parse_args(argv)
     if args.one:
-        args.out.write_text(json.dumps(measure(*args.one)), encoding="utf-8")
+        costs = args.costs or args.one[0] == OMNIGEN2
+        args.out.write_text(json.dumps(measure(*args.one, costs)), encoding="utf-8")
         return
     results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     for model in args.model:
         for method in OMNIGEN2_METHODS if model == OMNIGEN2 else METHODS:
-            key = f"{model}|{method}"
+            key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "")
             if key in results:
                 continue
             with tempfile.TemporaryDirectory(prefix="prefix-") as folder:
                 single = Path(folder) / "one.json"
                 command = [sys.executable, "-m", "benchmarks.prefix", "--out", single, "--one", model, method]
+                command += ["--costs"] * args.costs
                 subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 results[key] = json.loads(single.read_text(encoding="utf-8"))
             args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -59,7 +59,7 @@ def trained(instructions, tiny_omnigen2, settings, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("method", CHANGES)
+@pytest.mark.parametrize("method", ["lora", "prefix", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_job_ends_in_weights_that_draw_otherwise_and_leave_nothing_behind(method, trained, tiny_omnigen2, tmp_path):
     out = trained(method)
     rows = read_metrics(out / METRICS_FILE)
