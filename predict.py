@@ -142,8 +142,9 @@ class Studio:
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
-        conditions = (("condition", path) for path in settings.condition or ())
-        for name, path in (("image", settings.image), ("mask", settings.mask), *conditions):
+        shown = [("condition", path) for path in settings.condition or ()]
+        shown += [("references", path) for path in settings.references or ()]
+        for name, path in (("image", settings.image), ("mask", settings.mask), *shown):
             if path and not path.is_file():
                 raise UserError(f"{name} {path} does not exist: give the path of a picture")
         generator = self.ready(Wanted(**settings.model_dump(include={field.name for field in fields(Wanted)})))
@@ -212,10 +213,12 @@ class Predictor(BaseRunner):
         prior_num_inference_steps: Optional[int] = Input(
             default=None, ge=2, le=1000, description="Of a model's prior."
         ),
+        image_guidance_scale: Optional[float] = Input(default=None, ge=0, le=50, description="Of the references."),
         scheduler: Optional[str] = Input(default=None, choices=SCHEDULERS, description="How the steps are taken."),
         seed: Optional[int] = Input(default=None, ge=0, description="The same seed draws the same picture."),
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),
         token_scale: Optional[float] = Input(default=None, ge=0, le=2, description="Strength of the trained tokens."),
+        references: Optional[Path] = Input(default=None, description="Picture to edit, or to draw from (OmniGen2)."),
         image: Optional[Path] = Input(default=None, description="Picture to start from (img2img)."),
         mask: Optional[Path] = Input(default=None, description="As large as image: white is drawn anew (inpainting)."),
         prompt_strength: float = Input(default=0.8, ge=0, le=1, description="With an image: 1 draws over all of it."),
@@ -230,7 +233,8 @@ class Predictor(BaseRunner):
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""
-        inputs["condition"] = None if inputs["condition"] is None else (inputs["condition"],)
+        for name in ("condition", "references"):
+            inputs[name] = None if inputs[name] is None else (inputs[name],)
         places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)

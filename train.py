@@ -23,7 +23,7 @@ from trainer.config import JobSettings
 
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
 
-METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition"]
+METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"]
 CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
 MASKS = ["auto", "none", "alpha", "text", "face"]
 MODES = ["subject", "face", "style"]

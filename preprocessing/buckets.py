@@ -134,3 +134,12 @@ def smaller(original: Size, resolution: int, stride: int, ratio: float = RATIO) 
 def is_enlarged(fitted: Fit) -> bool:
     """Whether the picture has fewer pixels in the window than the bucket asks for."""
     return fitted.scale > 1 + 1e-9
+
+
+def shown_size(original: Size, resolution: int, stride: int) -> Size:
+    """The size in which a picture is shown to a model beside the one that it draws: its own aspect ratio but for the
+    stride, its area at most `resolution` squared; it is not enlarged, but to the stride.
+    """
+    scale = min(1.0, resolution / math.sqrt(original[0] * original[1]))
+    width, height = (max(stride, int(side * scale) // stride * stride) for side in original)
+    return width, height

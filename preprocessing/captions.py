@@ -4,7 +4,8 @@ Where several give one picture a caption, the first of this order counts and the
 1. `x.txt` (or `x.png.txt`) beside `x.png`;
 2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file; `captions.jsonl`, which a job
    delivers, with file_name and text;
-3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout.
+3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout; and instructions, any `.jsonl`
+   with output_image and instruction, in which input_images lists the pictures that the instruction speaks of.
 In the tables a picture is named from the table's own folder, from the top, by the end of its path where only one
 picture ends so, or by its full path on the machine that it comes from. Text is UTF-8, with or without a byte-order
 mark. A blank caption is the user's wish for none; a row whose caption is null leaves the picture to the captioner.
@@ -30,8 +31,9 @@ from preprocessing.limits import LIMITS, MIB, Limits
 from preprocessing.prepared import Aside, Reject
 
 TEXT_SUFFIXES = {".txt", ".csv", ".jsonl"}
-PICTURE_COLUMNS = ("image_file", "file_name")
-CAPTION_COLUMNS = ("caption", "text")
+PICTURE_COLUMNS = ("image_file", "file_name", "output_image")
+CAPTION_COLUMNS = ("caption", "text", "instruction")
+SHOWN_COLUMN = "input_images"
 REPEATS_COLUMN, MOST_REPEATS = "repeats", 1000
 
 
@@ -45,23 +47,30 @@ class UserCaption:
 
 @dataclass(frozen=True)
 class UserCaptions:
-    """Every file sorted into picture (perhaps), caption or reject; `captions` and `repeats` by the picture's name."""
+    """Every file sorted into picture (perhaps), caption or reject; `captions`, `repeats` and `shown`, the names of the
+    pictures that a caption speaks of, by the picture's name. A picture of which one of these is missing is `unusable`.
+    """
 
     pictures: tuple[SourceFile, ...]
     captions: dict[str, UserCaption]
     rejects: tuple[Reject, ...]
     asides: tuple[Aside, ...] = ()
     repeats: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unusable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a table: its place for messages, what it calls the picture, the caption, and how often it counts."""
+    """A row of a table: its place for messages, what it calls the picture, the caption, how often it counts, and what
+    it calls the pictures that the caption speaks of.
+    """
 
     place: str
     reference: str
     caption: str | None
     repeats: int | None
+    shown: tuple[str, ...] = ()
 
 
 @dataclass
@@ -71,6 +80,8 @@ class _Desk:
     names: set[str]
     captions: dict[str, UserCaption] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unusable: set[str] = field(default_factory=set)
     asides: list[Aside] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     by_stem: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -111,6 +122,17 @@ class _Desk:
         if earlier.text.strip() != caption.text.strip():
             self.reject(caption.source, f"its caption of {picture} is not used, because {earlier.source} has one too")
 
+    def show(self, picture: str, row: _Row, table: str) -> None:
+        """Find the pictures that a row's caption speaks of."""
+        found = [self.named(reference, table) for reference in row.shown]
+        for reference, names in zip(row.shown, found, strict=True):
+            if len(names) != 1:
+                what = "is not in the upload" if not names else "is several pictures: name the folder too"
+                self.reject(row.place, f"its input image {reference!r} {what}, and {picture} is not trained")
+                self.unusable.add(picture)
+                return
+        self.shown.setdefault(picture, tuple(names[0] for names in found))
+
     def reject(self, source: str, reason: str) -> None:
         self.rejects.append(Reject(source=source, reason=reason))
 
@@ -124,7 +146,7 @@ def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserC
     for file in files:
         (texts if PurePosixPath(file.name).suffix.casefold() in TEXT_SUFFIXES else pictures).append(file)
     desk = _Desk({file.name for file in pictures})
-    for kind, file in sorted(((_precedence(file.name), file) for file in texts), key=lambda pair: pair[0]):
+    for kind, file in sorted(((_precedence(file), file) for file in texts), key=lambda pair: pair[0]):
         if kind == 0:
             _take_text(desk, file, limits)
         elif kind in (1, 2):
@@ -133,16 +155,37 @@ def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserC
             desk.reject(
                 file.name, "neither a picture nor captions (x.txt, captions.csv or .jsonl, metadata.csv or .jsonl)"
             )
-    return UserCaptions(tuple(pictures), desk.captions, tuple(desk.rejects), tuple(desk.asides), desk.repeats)
+    return UserCaptions(
+        tuple(pictures),
+        desk.captions,
+        tuple(desk.rejects),
+        tuple(desk.asides),
+        desk.repeats,
+        desk.shown,
+        frozenset(desk.unusable),
+    )
 
 
-def _precedence(name: str) -> int:
-    base = PurePosixPath(name).name.casefold()
+def _precedence(file: SourceFile) -> int:
+    base = PurePosixPath(file.name).name.casefold()
     if base.endswith(".txt"):
         return 0
     if "caption" in base and base.endswith((".csv", ".jsonl")):
         return 1
-    return 2 if base in ("metadata.jsonl", "metadata.csv") else 3
+    return 2 if base in ("metadata.jsonl", "metadata.csv") or _holds_instructions(file) else 3
+
+
+def _holds_instructions(file: SourceFile) -> bool:
+    """Whether the first line of a .jsonl file is a JSON object with an output_image."""
+    if not file.name.casefold().endswith(".jsonl"):
+        return False
+    with file.path.open("rb") as lines:
+        first = lines.readline(MIB)
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "output_image" in row
 
 
 def _take_text(desk: _Desk, file: SourceFile, limits: Limits) -> None:
@@ -172,6 +215,8 @@ def _take_table(desk: _Desk, file: SourceFile, limits: Limits) -> None:
             desk.take(pictures[0], UserCaption(caption, place))
         if row.repeats is not None:
             desk.repeats[pictures[0]] = row.repeats
+        if row.shown and pictures[0] not in desk.shown:
+            desk.show(pictures[0], row, file.name)
     desk.asides.append(Aside(source=file.name, use="captions"))
 
 
@@ -244,4 +289,8 @@ def _json_rows(name: str, text: str) -> Iterator[_Row]:
             raise UserError(f"{place}: the picture's name and the caption must be text in quotation marks.")
         if re.search("[\ud800-\udfff]", picture + (caption or "")):
             raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff): write the whole character.")
-        yield _Row(place, picture, caption, _repeats(place, row.get(columns.get(REPEATS_COLUMN))))
+        shown = row.get(columns.get(SHOWN_COLUMN)) or []
+        if not isinstance(shown, list) or not all(isinstance(one, str) for one in shown):
+            raise UserError(f"{place}: {SHOWN_COLUMN} must be a list of names of pictures.")
+        repeats = _repeats(place, row.get(columns.get(REPEATS_COLUMN)))
+        yield _Row(place, picture, caption, repeats, tuple(shown))

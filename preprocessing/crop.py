@@ -7,6 +7,7 @@ of the settings, and a file `work/<name>.json`, written last, says that it is co
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import uuid
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preprocessing import masks, quality
-from preprocessing.buckets import RATIO, Box, Fit, buckets, fit, is_enlarged, nearest, smaller
+from preprocessing.buckets import RATIO, Box, Fit, buckets, fit, is_enlarged, nearest, shown_size, smaller
 from preprocessing.pictures import Picture, UnreadablePicture, decode
 from preprocessing.prepared import Reject
 
@@ -38,8 +39,8 @@ SUFFIXES = {
 
 @dataclass(frozen=True)
 class Task:
-    """A picture of the upload: its name, its bytes or where they lie, the user's mask, one that was found, and the
-    user's conditions.
+    """A picture of the upload: its name, its bytes or where they lie, the user's mask, one that was found, the user's
+    conditions, and the pictures that its caption speaks of.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     mask: Path | None = None
     found_mask: Path | None = None
     conditions: tuple[Path, ...] = ()
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def key_of(task: Task, place: Place) -> str:
     digest.update(PurePosixPath(task.name).suffix.lower().encode() + b"\0")
     for content in (task.content, task.mask, *task.conditions):
         digest.update(_content_hash(content) if content is not None else bytes(32))
+    for path in task.references:
+        digest.update(b"reference" + _content_hash(path))
     return digest.hexdigest()[:NAME_LENGTH]
 
 
@@ -195,7 +199,8 @@ def _cropped(task: Task, place: Place, key: str) -> Cropped:
     box = masks.box_of(mask) if mask is not None and place.crops_to_mask else None
     fits = _fits(picture.rgb.size, place, box)
     conditions = [_condition(path, picture.rgb.size) for path in task.conditions]
-    crops = [_written(picture, (mask, conditions), fitted, (key, place)) for fitted in fits]
+    references = [_opened(path, "input image") for path in task.references]
+    crops = [_written(picture, (mask, conditions, references), fitted, (key, place)) for fitted in fits]
     notes += _size_notes(fits[0], place)
     with Image.open(place.folder / crops[0].image) as image:
         shown = image.convert("RGB")
@@ -288,20 +293,26 @@ def pending_path(crop: Crop, place: Place) -> Path:
 
 def _condition(path: Path, size: tuple[int, int]) -> Image.Image:
     """A condition of a picture of `size`: of that size where it has the picture's shape, else a picture by itself."""
-    try:
-        condition = decode(path).rgb
-    except UnreadablePicture as error:
-        raise UnreadablePicture(f"its condition is {error}") from error
+    condition = _opened(path, "condition")
     if abs(condition.width * size[1] / (condition.height * size[0]) - 1) > masks.RATIO_SLACK:
         return condition
     return condition if condition.size == size else condition.resize(size, Image.Resampling.LANCZOS)
 
 
-def _written(
-    picture: Picture, beside: tuple[Image.Image | None, list[Image.Image]], fitted: Fit, where: tuple[str, Place]
-) -> Crop:
-    """The files of one crop; `beside` the picture are its mask and its conditions."""
-    (mask, conditions), (key, place) = beside, where
+def _opened(path: Path, what: str) -> Image.Image:
+    """A picture that belongs to another one, as its `what`."""
+    try:
+        return decode(path).rgb
+    except UnreadablePicture as error:
+        raise UnreadablePicture(f"its {what} is {error}") from error
+
+
+Beside = tuple[Image.Image | None, list[Image.Image], list[Image.Image]]
+
+
+def _written(picture: Picture, beside: Beside, fitted: Fit, where: tuple[str, Place]) -> Crop:
+    """The files of one crop; `beside` the picture are its mask, its conditions and its references."""
+    (mask, conditions, references), (key, place) = beside, where
     name = "{}-{}x{}.png".format(key, *fitted.size)
     image, mask_name = f"{IMAGES}/{name}", None
     save(fitted.apply(picture.rgb), place.folder / image)
@@ -313,10 +324,13 @@ def _written(
             least = round(255 * place.mask_background)
             smooth = smooth.point(lambda value: max(least, value))
         save(smooth, place.folder / mask_name)
-    names = tuple(f"{CONDITIONS}/{number}-{name}" for number in range(len(conditions)))
-    for condition, path in zip(conditions, names, strict=True):
-        same = condition.size == picture.rgb.size
-        save(fitted.apply(condition) if same else ImageOps.fit(condition, fitted.size), place.folder / path)
+    sizes = [fitted.size] * len(conditions)
+    resolution = math.isqrt(fitted.size[0] * fitted.size[1])
+    sizes += [shown_size(one.size, resolution, place.stride) for one in references]
+    names = tuple(f"{CONDITIONS}/{number}-{name}" for number in range(len(sizes)))
+    for other, size, path in zip([*conditions, *references], sizes, names, strict=True):
+        same = other.size == picture.rgb.size
+        save(fitted.apply(other) if same else ImageOps.fit(other, size), place.folder / path)
     crop = Crop(
         image=image,
         mask=mask_name,

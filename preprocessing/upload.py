@@ -43,7 +43,12 @@ def open_upload(settings: PrepareSettings, into: Path) -> Upload:
     others, conditions, told_of_conditions = pair_conditions(user.pictures)
     pictures, masks, told = pair_masks(others)
     told = (*told_of_conditions, *told)
+    places = {file.name: file.path for file in pictures}
+    # what a caption only speaks of is not drawn
+    spoken_of = {name: picture for picture, names in user.shown.items() for name in names if name not in user.captions}
+    pictures = tuple(file for file in pictures if file.name not in spoken_of and file.name not in user.unusable)
     asides = [Aside(source=name, use="a hidden or system file, passed over") for name in unpacked.ignored]
+    asides += [Aside(source=name, use=f"input image of {picture}") for name, picture in spoken_of.items()]
     asides += [*user.asides, *(one for one in told if isinstance(one, Aside))]
     tasks = [
         Task(
@@ -51,6 +56,7 @@ def open_upload(settings: PrepareSettings, into: Path) -> Upload:
             content=file.path,
             mask=masks[file.name].path if file.name in masks else None,
             conditions=tuple(one.path for one in conditions.get(file.name, ())),
+            references=tuple(places[name] for name in user.shown.get(file.name, ())),
         )
         for file in pictures
     ]

@@ -3,6 +3,7 @@
     manifest.json           Manifest below
     adapter.safetensors     diffusers/peft keys ("unet.", "text_encoder.", "text_encoder_2." and the module's path)
     embeddings.safetensors  clip_l [n, d], clip_g [n, d]: the new tokens, where the method has them
+    prefix.safetensors      text_encoder.prompt_embeddings [P, d], ...: the vectors before the input of text encoders
     comfyui/                the same weights as other programs load them (trainer.ui_files)
     README.md               the model card
     evaluation.json         how good they are (trainer.evaluation.summary.Summary)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
+PREFIX = "prefix.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks
 EVALUATION = "evaluation.json"
 CARD = "README.md"
@@ -47,6 +49,7 @@ MEMBERS = (
     MANIFEST,
     ADAPTER,
     EMBEDDINGS,
+    PREFIX,
     "comfyui/*.safetensors",
     "comfyui/embeddings/*.safetensors",
     CARD,
@@ -222,10 +225,12 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def nets_of(folder: Path) -> set[str]:
-    """Names of the nets that an unpacked archive has weights of, "tokens" for its token embeddings."""
+    """Names of the nets that an unpacked archive has weights of, "tokens" for its token embeddings, "prefix" for its
+    prefix.
+    """
     from safetensors import safe_open
 
-    nets = {"tokens"} if (folder / EMBEDDINGS).is_file() else set()
+    nets = {name for name, file in (("tokens", EMBEDDINGS), ("prefix", PREFIX)) if (folder / file).is_file()}
     if (folder / ADAPTER).is_file():
         with safe_open(folder / ADAPTER, framework="pt", device="cpu") as file:
             nets |= {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118

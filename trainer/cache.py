@@ -13,7 +13,7 @@ import torch
 from preprocessing.prepared import PreparedDataset
 from trainer.families.base import Family
 from trainer.methods.base import Method
-from trainer.samples import Conditioning, Picture, Sample, load_pictures
+from trainer.samples import Conditioning, Picture, Sample, load_pictures, padded
 
 ENCODE_BATCH = 8
 Progress = Callable[[str, int, int], None]
@@ -28,6 +28,7 @@ class Cache:
     text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
     repeats: tuple[int, ...] | None = None  # how often each picture counts; None: all once
     null: Conditioning = field(default_factory=dict)  # what a dropped sample's own conditioning is replaced by
+    null_share: float = 1.0  # in this share of the dropped samples
 
     def buckets(self) -> list[tuple[int, ...]]:
         """The latent shape of each picture."""
@@ -86,10 +87,10 @@ def build(
     repeats = tuple(item.repeats for item in dataset.items)
     with torch.no_grad():
         null = family.null_picture()
-    return Cache(samples, mirrored, encode_captions(family, text), repeats, null)
+    return Cache(samples, mirrored, encode_captions(family, text), repeats, null, family.dropped_picture_share)
 
 
 def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:
-    """The cached conditioning of a batch of captions: tensors [B, ...]."""
+    """The cached conditioning of a batch of captions: tensors [B, ...], of texts of several lengths as the longest."""
     rows = [text[caption] for caption in captions]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return {name: torch.cat(padded([row[name] for row in rows])) for name in rows[0]}

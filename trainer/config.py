@@ -21,8 +21,10 @@ Schedule = Literal["constant", "linear", "cosine", "exponential"]
 class MethodSettings(PrepareSettings):
     """How the base model is adapted."""
 
-    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition"] = Field(
-        "pivotal", description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures."
+    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"] = Field(
+        "pivotal",
+        description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures; prefix: "
+        "vectors before the text encoders' input.",
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
@@ -34,6 +36,14 @@ class MethodSettings(PrepareSettings):
     lora_l1_penalty: float = Field(0.0, ge=0, description="Weight of the mean absolute value of the LoRA matrices.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (DoRA).")
     train_text_encoder: bool = Field(False, description="Adapt the text encoders too (methods lora and full).")
+    num_prefix_tokens: int = Field(10, ge=1, le=1024, description="Method prefix: vectors before each text.")
+    prefix_init_text: str = Field(
+        "", description="Text whose tokens the prefix starts as; empty: words of the vocabulary by chance."
+    )
+    prefix_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the prefix's numbers that a step leaves out.")
+    prefix_on_negative: bool = Field(
+        False, description="Also put the prefix before negative prompts, and no caption; else these are the base's."
+    )
 
 
 class ConditionSettings(PrepareSettings):
@@ -69,7 +79,7 @@ class OptimisationSettings(PrepareSettings):
     """How the trainable parameters are moved."""
 
     optimizer: Optimiser = Field("adamw", description="For the weights; prodigy finds its own learning rate.")
-    learning_rate: float | None = Field(None, ge=0, description="Of the LoRA or full weights.")
+    learning_rate: float | None = Field(None, ge=0, description="Of the LoRA or full weights, or of the prefix.")
     lr_schedule: Schedule = Field("cosine", description="Of the weights; ignored by prodigy.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up, of the weights.")
     weight_decay: float = Field(0.004, ge=0, description="Of the LoRA or full weights.")

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # settings that only some base models have; see Drawable.draw_options
-FOR_SOME = ("prior_guidance_scale", "prior_num_inference_steps")
+FOR_SOME = ("prior_guidance_scale", "prior_num_inference_steps", "image_guidance_scale")
 Scheduler = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
 
@@ -28,6 +28,9 @@ class DrawSettings(BaseModel):
         None, ge=0, le=50, description="The same of the prior, of a model that has one (Kandinsky 2.2)."
     )
     prior_num_inference_steps: int | None = Field(None, ge=2, le=1000, description="The prior's denoising steps.")
+    image_guidance_scale: float | None = Field(
+        None, ge=0, le=50, description="How strictly references are followed (OmniGen2); 1 or less: by the prompt only."
+    )
     scheduler: Scheduler | None = Field(None, description="How the steps are taken.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed draws the same picture; null: a random one."
@@ -35,6 +38,9 @@ class DrawSettings(BaseModel):
     lora_scale: float = Field(1.0, ge=-4, le=4, description="Strength of the trained weights; 0 is the base model.")
     token_scale: float | None = Field(
         None, ge=0, le=2, description="Strength of the trained tokens; null: one that suits lora_scale."
+    )
+    references: tuple[Path, ...] | None = Field(
+        None, min_length=1, max_length=5, description="Pictures that the prompt speaks of (OmniGen2); one is edited."
     )
     image: Path | None = Field(None, description="Picture to start from (img2img).")
     mask: Path | None = Field(

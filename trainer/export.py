@@ -195,6 +195,11 @@ def _write_formats(settings: ExportSettings, family: Family, weights: Weights) -
     from trainer import formats
     from trainer.devices import DTYPES
 
+    if not (weights.tensors or weights.rows):
+        raise UserError(
+            f"weights of method {weights.manifest.method} have no form in other programs: predict.py draws with them, "
+            "and init_adapter trains on from them."
+        )
     dtype = DTYPES[{"fp32": "no"}.get(settings.dtype, settings.dtype)]
     chosen = formats.WRITERS if settings.format == "all" else {settings.format: formats.WRITERS[settings.format]}
     settings.out.mkdir(parents=True, exist_ok=True)

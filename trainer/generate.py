@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+from preprocessing.buckets import shown_size
 from preprocessing.errors import UserError
 from preprocessing.trigger import without_trigger
 from trainer import artifact, families, foreign, methods
@@ -167,6 +168,8 @@ class Generator:
                 raise UserError(
                     f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}."
                 )
+        if settings.references:
+            arguments["references"] = self._references(settings)
         size = {"width": width, "height": height} if sized else {}
         if settings.image is None:
             return arguments | size
@@ -177,8 +180,19 @@ class Generator:
         return arguments | pictures | size | {"strength": strength}
 
     def _size(self, settings: DrawSettings) -> tuple[int, int]:
+        """Width and height: as wanted, or that of the one reference, which is edited, or the model's usual ones."""
         usual = self.geometry.resolution
+        if settings.references and len(settings.references) == 1 and settings.width is None and settings.height is None:
+            return self._references(settings)[0].size
         return settings.width or usual, settings.height or usual
+
+    def _references(self, settings: DrawSettings) -> list[Image.Image]:
+        """The reference pictures, none larger than the model draws. UserError where it takes none."""
+        if "references" not in self.family.draw_options:
+            raise UserError(f"references are nothing that {self.base_model} draws from: leave them out.")
+        opened = [_open(path, "references").convert("RGB") for path in settings.references]
+        sizes = [shown_size(one.size, self.geometry.resolution, self.geometry.stride) for one in opened]
+        return [_fitted(one, size) for one, size in zip(opened, sizes, strict=True)]
 
     @contextmanager
     def _conditioned(self, settings: DrawSettings) -> Iterator[None]:
@@ -224,10 +238,13 @@ class Generator:
         return prompt
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:
-        if settings.negative_prompt:
-            encoded = self.family.encode_text(self._words([settings.negative_prompt]))
-        else:
-            encoded = self.family.null_conditioning()
+        with ExitStack() as stack:
+            for method in self._methods:
+                stack.enter_context(method.reading_negatives(self.family))
+            if settings.negative_prompt:
+                encoded = self.family.encode_text(self._words([settings.negative_prompt]))
+            else:
+                encoded = self.family.negative_conditioning()
         return {name: value.expand(count, *value.shape[1:]) for name, value in encoded.items()}
 
 
@@ -236,6 +253,7 @@ PIPELINE_DEFAULTS = {
     "num_inference_steps": 30,
     "prior_guidance_scale": 4.0,
     "prior_num_inference_steps": 25,
+    "image_guidance_scale": 1.0,
 }
 
 

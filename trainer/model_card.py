@@ -36,7 +36,13 @@ SHOWN = (
     "seed",
     "init_adapter",
 )
-KINDS = {"textual_inversion": "textual-inversion", "full": "full-finetune", "pivotal": "lora", "lora": "lora"}
+KINDS = {
+    "textual_inversion": "textual-inversion",
+    "full": "full-finetune",
+    "pivotal": "lora",
+    "lora": "lora",
+    "prefix": "prompt-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def _what(manifest: Manifest) -> str:
         "lora": "A LoRA",
         "textual_inversion": "New token embeddings",
         "full": "A full fine-tune",
+        "prefix": "A prefix (vectors before the text encoder's input)",
         "condition": f"A LoRA on condition pictures ({', '.join(manifest.settings.get('condition_tasks', ()))})",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""
@@ -146,6 +153,8 @@ def _pictures(previews: list[Preview]) -> str:
 
 
 def _diffusers(manifest: Manifest, place: Place) -> str:
+    if not METHODS[manifest.method].in_stock_pipelines:
+        return "Diffusers has no place for these weights in its pipelines: Atelier draws with them, as below."
     if METHODS[manifest.method].draws_from_conditions:
         return (
             "The adapter acts on the tokens of condition pictures alone, which no stock pipeline computes: draw with "

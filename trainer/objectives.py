@@ -82,15 +82,20 @@ class Ddpm:
 class Flow:
     """Rectified flow (Liu et al. 2022, arXiv:2209.03003); the velocity is noise - data.
 
-    `shift` > 1 moves times towards noise (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
+    `shift` > 1 moves times towards noise (Esser et al. 2024, arXiv:2403.03206, section 5.3.2); with `logit_normal` they
+    are, before it, distributed so that their logit is normal (section 3.1).
     """
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, logit_normal: bool = False):
+        self.shift, self.logit_normal = shift, logit_normal
 
-    def times(self, uniform: Tensor) -> Tensor:
+    def times(self, uniform: Tensor, shift: float | None = None) -> Tensor:
+        """As `Objective.times`; `shift` in place of its own where that depends on the picture's size."""
+        shift = self.shift if shift is None else shift
         t = uniform.clamp(min=1e-4)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        if self.logit_normal:
+            t = torch.special.ndtri(t.double()).sigmoid().to(uniform)
+        return shift * t / (1 + (shift - 1) * t)
 
     def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         t = t.reshape(-1, *[1] * (data.ndim - 1))

@@ -33,15 +33,15 @@ def reader_of(family: Family, method: Method, trigger: str) -> Reader | None:
 
     def read(caption: str) -> Read:
         words, wanted = method.words([caption, trigger])
-        reads = [_read(tower, words, wanted) for tower in family.text]
+        reads = [_read(tower, words, wanted, method.reserved(tower)) for tower in family.text]
         return max(reads, key=lambda one: (not one.trigger_kept, one.tokens - one.limit))
 
     return read
 
 
-def _read(tower: TextTower, words: str, trigger: str) -> Read:
+def _read(tower: TextTower, words: str, trigger: str, reserved: int) -> Read:
     tokenizer = tower.tokenizer
-    limit = tokenizer.model_max_length
+    limit = tokenizer.model_max_length - reserved
     encoded = tokenizer(words, return_offsets_mapping=True, verbose=False)
     ids, cut = encoded.input_ids, ""
     if len(ids) > limit:

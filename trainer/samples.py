@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preprocessing.prepared import PreparedDataset, PreparedItem
 
@@ -48,6 +48,17 @@ class Batch:
     conditioning: Conditioning  # [B, ...]
     preserved: list[tuple[int, str]]  # sample of the batch, prompt whose prediction should stay the base model's
     keys: tuple[str, ...] = ()  # of each sample's own random numbers, for a method that draws some
+
+
+def padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors filled up with zeros at the ends of their dimensions to one shape; untouched where they have one."""
+    shape = [max(sides) for sides in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        missing = [most - side for most, side in zip(shape, tensor.shape, strict=True)]
+        pairs = [end for side in reversed(missing) for end in (0, side)]
+        filled.append(nn.functional.pad(tensor, pairs) if any(missing) else tensor)
+    return filled
 
 
 def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tuple[PreparedItem, Picture]]:

@@ -67,7 +67,7 @@ def check(source: str) -> None:
 
 def _digest(folder: Path, manifest: Manifest) -> str:
     digest = hashlib.sha256(json.dumps(manifest.nets, sort_keys=True).encode())
-    for name in (artifact.ADAPTER, artifact.EMBEDDINGS):
+    for name in (artifact.ADAPTER, artifact.EMBEDDINGS, artifact.PREFIX):
         if (folder / name).is_file():
             tensors, _ = artifact.load_tensors(folder / name)
             for key in sorted(tensors):
@@ -91,6 +91,8 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
     if manifest.tokens:
         taken["n_tokens"] = len(manifest.tokens)
+    if manifest.method == "prefix":
+        taken["num_prefix_tokens"] = manifest.settings["num_prefix_tokens"]
     if _adapted(start) & text:
         if settings.method == "pivotal":
             raise UserError("init_adapter adapts the text encoder, which method pivotal leaves alone: use method lora.")
@@ -117,6 +119,11 @@ def _adapted(start: Start) -> set[str]:
 def _check_method(method: str, manifest: Manifest) -> None:
     """Raise UserError where `method` would leave a part of the weights out, or has no use for them."""
     full, lora, tokens = manifest.method == "full", bool(manifest.nets), bool(manifest.tokens)
+    if "prefix" in (method, manifest.method) and method != manifest.method:
+        raise UserError(
+            f"init_adapter was made by method {manifest.method}, which method {method} cannot start from: use weights "
+            "of the same method."
+        )
     conditions, conditioned = (METHODS[name].draws_from_conditions for name in (method, manifest.method))
     # other programs' files do not say what they were trained for: there the user's word is taken
     if conditioned != conditions and (conditioned or manifest.base_hash):

@@ -12,7 +12,7 @@ from trainer.config import JobSettings
 from trainer.draws import Draw, draw
 from trainer.families.base import Family
 from trainer.methods.base import Method
-from trainer.samples import Batch, Conditioning
+from trainer.samples import Batch, Conditioning, padded
 
 PRESERVED_EVERY = 3  # one sample in so many also serves to hold the base model's predictions
 
@@ -41,14 +41,15 @@ class BatchMaker:
         masks = [s.mask if s.mask is not None else torch.ones_like(s.mean[:1]) for s in samples]
         masked = any(sample.mask is not None for sample in samples)
         null = {name: value.cpu() for name, value in self.cache.null.items()}
-        own = [s.conditioning | (null if drop else {}) for s, drop in zip(samples, dropped, strict=True)]
+        nothing_shown = [d.drop_caption < settings.caption_dropout * self.cache.null_share for d in draws]
+        own = [s.conditioning | (null if drop else {}) for s, drop in zip(samples, nothing_shown, strict=True)]
         return Batch(
             data=torch.stack([s.mean + s.std * d.posterior for s, d in pairs]).to(self.device),
             noise=torch.stack([d.noise for d in draws]).to(self.device),
             uniform=torch.tensor([d.uniform for d in draws], device=self.device),
             captions=["" if drop else s.caption for s, drop in zip(samples, dropped, strict=True)],
             mask=torch.stack(masks).to(self.device) if masked else None,
-            conditioning={name: torch.stack([one[name] for one in own]).to(self.device) for name in own[0]},
+            conditioning={name: torch.stack(padded([one[name] for one in own])).to(self.device) for name in own[0]},
             preserved=self._preserved(positions, draws),
             keys=tuple(f"{settings.seed}/{step}/{position}" for position in positions),
         )
@@ -112,12 +113,12 @@ class TrainStep(nn.Module):
             return encoded
         # the null conditioning need not be the encoding of "" (SDXL's is zeros), so it is put in its place
         dropped = torch.tensor([caption == "" for caption in captions], device=self._family.device)
-        # the base model's serves too where its text encoders are not trained themselves
-        null = self._family.null_conditioning() if self._settings.train_text_encoder else self._text[""]
-        return {
-            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
-            for name, value in encoded.items()
-        }
+        null = self._family.null_conditioning() if self._method.changes_null else self._text[""]
+        chosen = {}
+        for name, value in encoded.items():
+            nothing = null[name].to(value).expand(len(value), *[-1] * (value.ndim - 1))
+            chosen[name] = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), *padded([nothing, value]))
+        return chosen
 
     def _preservation(self, batch: Batch) -> Tensor:
         """Mean squared distance to the base model's predictions on prompts without the trigger.
@@ -128,13 +129,13 @@ class TrainStep(nn.Module):
         family, kept = self._family, [index for index, _ in batch.preserved]
         prompts = [prompt for _, prompt in batch.preserved]
         # mostly noise: there the prompt decides what is drawn, later the picture itself does
-        t = family.objective.times((1 - batch.uniform[kept] ** 2).clamp(max=1 - 2**-24))
+        t = family.times((1 - batch.uniform[kept] ** 2).clamp(max=1 - 2**-24), batch.data)
         noisy = family.objective.mix(batch.data[kept], batch.noise[kept], t)
         fixed = {name: value[kept] for name, value in batch.conditioning.items()}
         base_text = lookup(self._text, prompts)
         with torch.no_grad(), self._method.disabled(family):
             target = family.predict(noisy, t, fixed | base_text)
-        text = family.encode_text(prompts) if self._settings.train_text_encoder else base_text
+        text = family.encode_text(prompts) if self._method.changes_text else base_text
         error = (family.predict(noisy, t, fixed | text) - target).square().flatten(1).mean(dim=1)
         # by the batch's size, not by how many were kept, so that processes and accumulation average to the same
         return error.sum() * PRESERVED_EVERY / len(batch.captions)

@@ -162,7 +162,7 @@ def test_the_same_words_twice_are_no_conflict(tmp_path):
     ("name", "content", "words"),
     [
         ("captions.csv", "", "no column image_file"),
-        ("captions.csv", "text;file\nx;y\n", "no column image_file or file_name .found: text, file"),
+        ("captions.csv", "text;file\nx;y\n", "no column image_file or file_name or output_image .found: text, file"),
         ("captions.csv", "image_file,words\nx.png,y\n", "no column caption"),
         ("captions.csv", "caption,image_file\na toy, red,x.png\n", "line 2 has not as many fields"),
         ("captions.csv", "caption,image_file\na toy\n", "line 2 has not as many fields"),

@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from tests.trainer import kandinsky
 from tests.trainer.flux_models import tiny_pipeline, tiny_transformer
+from tests.trainer.omnigen2_models import save_tiny
 from tests.trainer.tiny import SIDE, tiny_text_config, tiny_tokenizer, tiny_unet, tiny_vae
 from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
@@ -136,6 +137,15 @@ def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_flux(tmp_path_factory.mktemp("models") / "schnell", guided=False)
 
 
+@pytest.fixture(scope="session")
+def tiny_omnigen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OmniGen2Pipeline folder: 32x32 pictures, 16x16 latents of 4 channels."""
+    folder = tmp_path_factory.mktemp("models") / "omnigen2"
+    save_tiny(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="session", params=["sd", "xl"])
 def tiny_model(request: pytest.FixtureRequest) -> Path:
     """Each of the tiny base models; tests of FLUX ask for "flux" or "schnell"."""
@@ -233,6 +243,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora text": {"method": "lora", "train_text_encoder": True},
     "full": {"method": "full"},
     "full text": {"method": "full", "train_text_encoder": True},
+    "prefix": {"method": "prefix", "num_prefix_tokens": 4, "prefix_on_negative": True},
 }
 
 

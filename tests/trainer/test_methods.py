@@ -12,7 +12,7 @@ from trainer.families.base import DENOISER, TEXT, VAE
 from trainer.methods import adapters
 from trainer.methods.base import weights_factor
 
-VARIANTS = ["pivotal", "lora text", "full"]
+VARIANTS = ["pivotal", "lora text", "full", "prefix"]
 VARIANTS += [pytest.param(name, marks=pytest.mark.slow) for name in ("pivotal dora", "inversion", "lora", "full text")]
 
 
@@ -85,7 +85,7 @@ def test_every_trainable_parameter_gets_a_gradient(variant, lab, create):
     assert sum(moved) > 0.8 * len(moved) if variant.endswith("text") else all(moved)
 
 
-@pytest.mark.parametrize("variant", ["lora text", "pivotal", "pivotal dora"])
+@pytest.mark.parametrize("variant", ["lora text", "pivotal", "pivotal dora", "prefix"])
 def test_disabled_is_the_base_model_exactly(variant, lab, create):
     prediction = lab.predict("a dog")
     method = create(variant)
@@ -132,7 +132,7 @@ def test_switched_off_they_predict_as_the_base_model_and_on_again_as_trained(met
     assert method == "inversion" or not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text"])
+@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text", "prefix"])
 def test_strength_zero_is_the_base_models_denoiser(variant, lab, create):
     prediction = lab.predict("a dog")
     method = create(variant)
@@ -190,8 +190,9 @@ def test_the_l1_penalty_is_the_mean_size_of_the_matrices(lab, create):
     assert create("lora").penalty() == 0.0
 
 
-def test_gradient_checkpointing_changes_no_gradient(lab, create):
-    method = create("pivotal")
+@pytest.mark.parametrize("variant", ["pivotal", "prefix"])
+def test_gradient_checkpointing_changes_no_gradient(variant, lab, create):
+    method = create(variant)
     parameters = [p for group in method.attach(lab.family) for p in group.parameters]
     words = method.words([lab.caption])[0]
     expected = torch.autograd.grad(lab.predict(words).square().mean(), parameters)

@@ -26,6 +26,7 @@ PIPELINES = {
     "StableDiffusionPipeline": ("trainer.families.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
     "FluxPipeline": ("trainer.families.flux", "Flux"),
+    "OmniGen2Pipeline": ("trainer.families.omnigen2.family", "OmniGen2"),
     "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
     "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
 }

@@ -67,6 +67,17 @@ class TextTower:
     name: str
     embedding_key: str
 
+    @property
+    def begin(self) -> int:
+        """How many tokens the tokenizer puts before every text: 1 for CLIP's, 0 for T5's and Qwen's."""
+        ids = self.tokenizer("").input_ids
+        return int(len(ids) > 0 and ids[0] == self.tokenizer.bos_token_id)
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the encoder reads at the most; None where its positions are relative (T5)."""
+        return getattr(self.encoder.config, "max_position_embeddings", None)
+
 
 def quoted(text: str) -> str:
     """A string as Python and JSON write it: a trigger word may hold quotation marks."""
@@ -102,8 +113,12 @@ class Drawable(Conditionable, ABC):
         """Text conditioning of B captions: tensors [B, ...]; {} for a family that reads no text. Differentiable."""
 
     def null_conditioning(self) -> Conditioning:
-        """What stands for no caption, and for no negative prompt: tensors [1, ...]."""
+        """What stands for no caption: tensors [1, ...]."""
         return self.encode_text([""])
+
+    def negative_conditioning(self) -> Conditioning:
+        """What drawing leads away from where there is no negative prompt: tensors [1, ...]."""
+        return self.null_conditioning()
 
     @property
     @abstractmethod
@@ -125,7 +140,7 @@ class Drawable(Conditionable, ABC):
     @abstractmethod
     def pipeline_inputs(self, conditioning: Conditioning, negative: Conditioning) -> dict[str, Any]:
         """The arguments by which the pipeline takes what is already encoded. `negative` is the encoding of a negative
-        prompt, or `null_conditioning` where there is none; both have B rows.
+        prompt, or `negative_conditioning` where there is none; both have B rows.
         """
 
     def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
@@ -155,6 +170,7 @@ class Family(Drawable):
     # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
     card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
+    dropped_picture_share: ClassVar[float] = 1.0  # of the samples that are dropped: those with `null_picture`, too
     notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used
     objective: Objective
 
@@ -298,14 +314,18 @@ class Family(Drawable):
         """Lines of Python that put the new tokens into `pipe`, where the weights have some."""
         return []
 
+    def times(self, uniform: Tensor, data: Tensor) -> Tensor:
+        """The times that uniform numbers stand for, of samples as `data`: [B]."""
+        return self.objective.times(uniform)
+
     def probe(self, batch: Batch, conditioning: Conditioning) -> Tensor:
         """The prediction at the batch's own times: [B, ...]."""
-        t = self.objective.times(batch.uniform)
+        t = self.times(batch.uniform, batch.data)
         return self.predict(self.objective.mix(batch.data, batch.noise, t), t, conditioning)
 
     def sample_losses(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
         """The weighted, masked denoising loss of each sample: [B]."""
-        t = self.objective.times(batch.uniform)
+        t = self.times(batch.uniform, batch.data)
         error = (self.probe(batch, conditioning) - self.objective.target(batch.data, batch.noise, t)).square()
         return masked_mean(error, batch.mask) * self.objective.weights(t, snr_gamma)
 

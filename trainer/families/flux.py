@@ -89,6 +89,7 @@ class Flux(PipelineFamily):
             "preservation_weight": 0.0,
         },
         "full": {"learning_rate": 1e-5},
+        "prefix": {"learning_rate": 1e-4},
         "condition": {"lora_rank": 4, "learning_rate": 1.0},
         "draw": {"guidance_scale": 3.5, "num_inference_steps": 28},
     }

@@ -53,6 +53,7 @@ class StableDiffusion(PipelineFamily):
             "preservation_weight": 0.0,
         },
         "full": {"learning_rate": 1e-5},
+        "prefix": {"learning_rate": 1e-4},
     }
 
     def __init__(self, pipe: Any, dtype: torch.dtype):
@@ -124,6 +125,7 @@ class StableDiffusionXL(StableDiffusion):
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": StableDiffusion.recommended["any"] | {"train_batch_size": 2},
         "full": {"learning_rate": 4e-6},
+        "prefix": {"learning_rate": 1e-4},
     }
 
     @classmethod

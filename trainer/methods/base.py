@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from preprocessing.prepared import PreparedDataset
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings, Optimiser, Schedule
-from trainer.families.base import Drawable, Family
+from trainer.families.base import Drawable, Family, TextTower
 from trainer.samples import Batch, Conditioning, Picture
 
 
@@ -43,6 +43,9 @@ class Method(ABC):
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
     has_strength: ClassVar[bool] = True  # whether `set_strength` takes other values than 1
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
+    changes_text: bool = False  # whether prompts without the trigger are encoded otherwise than before
+    changes_null: bool = False  # whether no caption is, too
+    in_stock_pipelines: ClassVar[bool] = True  # whether other programs have a place for such weights
     needs_vae: bool = False  # whether pictures are encoded while training
     # whether pictures are drawn from condition pictures: no stock pipeline and no other program draws with the adapter,
     # and what is drawn is meant to look like pictures of the data set
@@ -77,6 +80,15 @@ class Method(ABC):
     def words(self, captions: list[str]) -> list[str]:
         """Captions as the text encoders should read them."""
         return captions
+
+    @contextmanager
+    def reading_negatives(self, family: Drawable) -> Iterator[None]:
+        """Inside, what guidance leads away from is encoded: a negative prompt, or no caption."""
+        yield
+
+    def reserved(self, tower: TextTower) -> int:
+        """How many of the tokens that a text encoder reads are not the caption's."""
+        return 0
 
     def picture(self, picture: Picture) -> Picture:
         """A prepared picture as it is to be drawn."""

@@ -28,7 +28,7 @@ class Full(Method):
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
-        self.needs_text_grad = settings.train_text_encoder
+        self.needs_text_grad = self.changes_text = self.changes_null = settings.train_text_encoder
         self._family: Drawable | None = None
         self._originals: dict[str, dict[str, Tensor]] = {}
         self._start: Path | None = None

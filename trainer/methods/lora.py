@@ -28,7 +28,7 @@ class Lora(Method):
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
-        self.needs_text_grad = settings.train_text_encoder
+        self.needs_text_grad = self.changes_text = self.changes_null = settings.train_text_encoder
         self._family: Drawable | None = None
         self._nets: list[str] = []
         self._matrices: list[Tensor] = []

@@ -51,6 +51,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
         "save_diffusers": True,
     },
     "full": {"learning_rate": 1e-5},
+    "prefix": {"learning_rate": 1e-4},
     "draw": {
         "guidance_scale": 4.0,
         "num_inference_steps": 50,

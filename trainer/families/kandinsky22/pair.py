@@ -67,9 +67,9 @@ class Pair(Drawable):
     def encode_text(self, captions: list[str]) -> Conditioning:
         return self.prior.encode_text(captions)
 
-    def null_conditioning(self) -> Conditioning:
-        """The embedding of a black picture, from which the decoder is led away."""
-        return {"image_embeds": self.prior.black_embeds()}
+    def negative_conditioning(self) -> Conditioning:
+        """The embedding of a black picture, from which the decoder is led away, and the empty text, the prior."""
+        return {"image_embeds": self.prior.black_embeds(), **self.prior.null_conditioning()}
 
     @property
     def text(self) -> list[TextTower]:
@@ -123,10 +123,10 @@ class CombinedPipeline:
         height: int,
         **drawing: Any,
     ) -> Any:
-        """`negative` is a text's encoding, or {"image_embeds": ...} where there is no negative prompt."""
+        """`negative` is a text's encoding, or where there is no negative prompt `negative_conditioning`'s."""
         dtype, count = self._decoder_pipe.unet.dtype, len(generator)
         worded = "image_embeds" not in negative
-        self._prior_pipe.give(text, self._prior.encode_text([""]), negative if worded else None)
+        self._prior_pipe.give(text, negative, worded)
         embeds = self._prior_pipe(
             prompt=[""] * count,
             negative_prompt=[""] * count if worded else None,
@@ -151,17 +151,14 @@ class CombinedPipeline:
 class EncodedPriorPipeline(KandinskyV22PriorPipeline):
     """The stock pipeline for text that is encoded already, with new tokens or between two meanings."""
 
-    def give(self, text: Conditioning, null: Conditioning, negative: Conditioning | None) -> None:
-        """What the next call encodes its prompts to, and what it leads them away from: `null`, one row, or `negative`.
+    def give(self, text: Conditioning, negative: Conditioning, drawn: bool) -> None:
+        """What the next call encodes its prompts to, and what it leads them away from, of as many rows.
 
-        With `negative` the call draws that too, behind the others.
+        With `drawn` the call draws that too, behind the others.
         """
-        if negative is None:
-            self._encoded = text
-            self._guided_from = {name: value.expand_as(text[name]) for name, value in null.items()}
-        else:
-            self._encoded = {name: torch.cat([value, negative[name]]) for name, value in text.items()}
-            self._guided_from = {name: torch.cat([value, value]) for name, value in negative.items()}
+        away = {name: negative[name] for name in text}
+        self._encoded = {name: torch.cat([text[name], away[name]]) for name in text} if drawn else text
+        self._guided_from = {name: torch.cat([value, value]) for name, value in away.items()} if drawn else away
 
     def _encode_prompt(
         self,
