@@ -5,6 +5,7 @@
     embeddings.safetensors  clip_l [n, d], clip_g [n, d]: the new tokens, where the method has them
     comfyui/                the same weights as other programs load them (trainer.ui_files)
     README.md               the model card
+    base/                   configuration and tokenizer of a base model that the job built; its weights are the adapter
     evaluation.json         how good they are (trainer.evaluation.summary.Summary)
     config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
 
@@ -43,6 +44,7 @@ MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddi
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks
 EVALUATION = "evaluation.json"
 CARD = "README.md"
+BASE = "base"  # folder of a base model's configuration, without weights
 MEMBERS = (
     MANIFEST,
     ADAPTER,
@@ -50,6 +52,8 @@ MEMBERS = (
     "comfyui/*.safetensors",
     "comfyui/embeddings/*.safetensors",
     CARD,
+    "base/*.json",
+    "base/*/*.json",
     "config.yaml",
     "captions.jsonl",
     "metrics.jsonl",

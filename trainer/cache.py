@@ -5,12 +5,12 @@ Everything is stored by sample, never by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from preprocessing.prepared import PreparedDataset
+from preprocessing.prepared import PreparedDataset, PreparedItem
 from trainer.families.base import Family
 from trainer.samples import Conditioning, Picture, Sample, load_pictures
 
@@ -38,24 +38,27 @@ class Cache:
         return replace(self, repeats=tuple(0 if i in pictures else count for i, count in enumerate(repeats)))
 
 
-def _runs(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Indices of neighbours of one size, at most ENCODE_BATCH together."""
-    runs: list[list[int]] = []
-    for index, picture in enumerate(pictures):
-        if runs and len(runs[-1]) < ENCODE_BATCH and pictures[runs[-1][0]].pixels.shape == picture.pixels.shape:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
+Loaded = tuple[PreparedItem, Picture]
+
+
+def _runs(pictures: Iterable[Loaded]) -> Iterator[list[Loaded]]:
+    """Neighbours of one size, at most ENCODE_BATCH together; no more than these are held."""
+    run: list[Loaded] = []
+    for item, picture in pictures:
+        if run and (len(run) == ENCODE_BATCH or run[0][1].pixels.shape != picture.pixels.shape):
+            yield run
+            run = []
+        run.append((item, picture))
+    if run:
+        yield run
 
 
 def encode_dataset(family: Family, dataset: PreparedDataset, flip: bool, progress: Progress) -> list[Sample]:
     """Every picture of the data set as a sample, in the data set's order."""
-    loaded = list(load_pictures(dataset, flip))
     samples: list[Sample] = []
-    for run in _runs([picture for _, picture in loaded]):
-        samples += family.encode([loaded[i][1] for i in run], [loaded[i][0].caption for i in run])
-        progress("cache", len(samples), len(loaded))
+    for run in _runs(load_pictures(dataset, flip)):
+        samples += family.encode([picture for _, picture in run], [item.caption for item, _ in run])
+        progress("cache", len(samples), len(dataset.items))
     return samples
 
 

@@ -15,6 +15,11 @@ from preprocessing.settings import PrepareSettings
 
 Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
 Schedule = Literal["constant", "linear", "cosine", "exponential"]
+# settings that only some base models have; see Family.own_settings
+FOR_SOME = (
+    *("use_text", "tokenizer", "vocab_size", "text_embed_dim", "num_text_layers", "text_nhead", "max_text_length"),
+    *("hidden_dim", "num_layers", "use_frequency_prior", "use_class_labels"),
+)
 
 
 class MethodSettings(PrepareSettings):
@@ -33,6 +38,29 @@ class MethodSettings(PrepareSettings):
     lora_l1_penalty: float = Field(0.0, ge=0, description="Weight of the mean absolute value of the LoRA matrices.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (DoRA).")
     train_text_encoder: bool = Field(False, description="Adapt the text encoders too (methods lora and full).")
+
+
+class ArchitectureSettings(PrepareSettings):
+    """How a model that is trained from nothing is built (pixel_ar).
+
+    None takes what the base model's own configuration says.
+    """
+
+    use_text: bool | None = Field(
+        None, description="Read captions; null: as the base model, of one that is built anew true."
+    )
+    tokenizer: str | None = Field(
+        None, description="Hub id or folder of a transformers tokenizer (gpt2); null: the words of the captions."
+    )
+    vocab_size: int | None = Field(None, ge=4, description="Most words that are learned from captions.")
+    text_embed_dim: int | None = Field(None, ge=8, description="Width of the text encoder.")
+    num_text_layers: int | None = Field(None, ge=1, description="Its transformer layers.")
+    text_nhead: int | None = Field(None, ge=1, description="Its attention heads.")
+    max_text_length: int | None = Field(None, ge=2, description="Tokens of a caption that are read.")
+    hidden_dim: int | None = Field(None, ge=8, description="Channels of the picture's features.")
+    num_layers: int | None = Field(None, ge=1, description="Gated layers over the picture.")
+    use_frequency_prior: bool | None = Field(None, description="Tell the model which frequencies are above a row.")
+    use_class_labels: bool = Field(False, description="Learn the classes of the data set too, for class_label.")
 
 
 class OptimisationSettings(PrepareSettings):
@@ -137,7 +165,9 @@ class RunSettings(PrepareSettings):
     preview_seeds: tuple[int, ...] = Field((0, 1), min_length=1, description="Seeds of the previews.")
 
 
-class JobSettings(MethodSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings):
+class JobSettings(
+    MethodSettings, ArchitectureSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings
+):
     """All settings of one job."""
 
     @model_validator(mode="after")

@@ -213,6 +213,9 @@ PIPELINE_DEFAULTS = {
     "num_inference_steps": 30,
     "prior_guidance_scale": 4.0,
     "prior_num_inference_steps": 25,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "class_label": None,
 }
 
 

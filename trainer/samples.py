@@ -22,6 +22,7 @@ class Picture:
     mask: Tensor | None  # [1, H, W] in [0, 1]
     original_size: tuple[int, int]
     crop: tuple[int, int]
+    class_label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sample:
     """What is cached of one picture: everything of it that training reads."""
 
     mean: Tensor  # posterior of the latents, scaled as the denoiser sees them: [C, h, w], or [D] for a vector
-    std: Tensor  # as the mean
+    std: Tensor  # as the mean, or of a shape that broadcasts to it
     caption: str
     mask: Tensor | None = None  # [1, h, w]
     conditioning: Conditioning = field(default_factory=dict)  # per-sample tensors without a batch dimension
@@ -57,7 +58,7 @@ def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tupl
         if flip:
             pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
             left = item.resized_size[0] - item.size[0] - left
-        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left))
+        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left), item.class_label)
 
 
 def _read(path: Path, mode: str) -> Tensor:
