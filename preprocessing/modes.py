@@ -1,4 +1,4 @@
-"""What is taught - a subject, a face, a style, or all that captions say - and what follows from it for captions and masks."""
+"""What is taught - a subject, a face, a style, or all that captions say - and what follows for captions and masks."""
 
 from __future__ import annotations
 

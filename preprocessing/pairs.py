@@ -75,14 +75,16 @@ def cifar100(settings: PrepareSettings) -> Iterator[Pair]:
     content = _cifar_file(settings, f"{settings.dataset_split}.bin")
     if len(content) % CIFAR_RECORD:
         raise UserError(
-            f"{settings.input_images}: {settings.dataset_split}.bin is cut off or is not CIFAR-100's: download it again."
+            f"{settings.input_images}: {settings.dataset_split}.bin is cut off or not CIFAR-100's: download it again."
         )
     for number in range(len(content) // CIFAR_RECORD):
         record = content[number * CIFAR_RECORD : (number + 1) * CIFAR_RECORD]
         label = record[1]
         if label >= len(names):
             raise UserError(f"{settings.input_images}: record {number} has class {label} of {len(names)}: wrong files.")
-        yield Pair(f"{settings.dataset_split}/{number:05d}.png", _cifar_png(record[2:]), PHOTO.format(names[label]), label)
+        yield Pair(
+            f"{settings.dataset_split}/{number:05d}.png", _cifar_png(record[2:]), PHOTO.format(names[label]), label
+        )
 
 
 def _cifar_png(planes: bytes) -> bytes:
@@ -153,7 +155,9 @@ def coco(settings: PrepareSettings) -> Iterator[Pair]:
     root, split = settings.input_images, f"{settings.dataset_split}2017"
     folder = next((path for path in (root / split, root / "images" / split) if path.is_dir()), None)
     if folder is None:
-        raise UserError(f"{root} has no {split}: give the folder that COCO was unpacked in, dataset_split train or val.")
+        raise UserError(
+            f"{root} has no {split}: give the folder that COCO was unpacked in, dataset_split train or val."
+        )
     captions = _coco_captions(root / "annotations" / f"captions_{split}.json")
     for path in sorted(folder.iterdir()):
         if is_picture(path):
@@ -174,7 +178,9 @@ def _coco_captions(path: Path) -> dict[str, str]:
             if (name := files.get(int(note["image_id"]))) is not None:
                 found.setdefault(name, " ".join(str(note["caption"]).split()))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or holds no captions ({type(error).__name__}): download it again.") from error
+        raise UserError(
+            f"{path} is damaged or holds no captions ({type(error).__name__}): download it again."
+        ) from error
     return found
 
 

@@ -182,9 +182,7 @@ def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], r
     if reused or said.reused:
         print(f"used again from an earlier run: {reused} pictures, {said.reused} captions", file=sys.stderr)
     items = tuple(
-        _item(picture, crop, captions[picture.name], upload)
-        for picture in finished
-        for crop in picture.cropped.crops
+        _item(picture, crop, captions[picture.name], upload) for picture in finished for crop in picture.cropped.crops
     )
     dataset = PreparedDataset(
         items=items,

@@ -169,8 +169,9 @@ def told(parts: Loaded) -> Callable[[History], None]:
         parts.accelerator.log({f"{of}/{name}": float(value) for name, value in values.items()}, step=step)
         gain = judged.gain(step)
         tqdm.write(
-            f"step {step}: {of.replace('_', '-')} pictures: loss {values['loss']:.4f}{more}, {100 * gain.mean:.1f} % better "
-            f"than the base model ({100 * gain.low:.1f} to {100 * gain.high:.1f} %), drift {values['drift']:.4f}",
+            f"step {step}: {of.replace('_', '-')} pictures: loss {values['loss']:.4f}{more}, "
+            f"{100 * gain.mean:.1f} % better than the base model ({100 * gain.low:.1f} to {100 * gain.high:.1f} %), "
+            f"drift {values['drift']:.4f}",
             file=sys.stderr,
         )
 

@@ -81,7 +81,16 @@ class Summary(BaseModel):
 
     def sentences(self) -> list[str]:
         """The summary for a person."""
-        told = [self._which(), self._gain(), *self._figures(), self._turn(), self._trigger(), self._drift(), *self._drawn(), self._cost()]
+        told = [
+            self._which(),
+            self._gain(),
+            *self._figures(),
+            self._turn(),
+            self._trigger(),
+            self._drift(),
+            *self._drawn(),
+            self._cost(),
+        ]
         return [sentence for sentence in told if sentence]
 
     def _which(self) -> str:

@@ -50,12 +50,13 @@ def _hub_file(source: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    named = sorted(TOYBOX_MODELS | UNTRAINED)
     try:
         return Path(hf_hub_download(source, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"base_model {source!r} is neither a folder nor a file here nor could its {name} be fetched from the Hub "
-            f"({type(error).__name__}): give a folder, a .safetensors file, a Hub id or one of {sorted(TOYBOX_MODELS | UNTRAINED)}."
+            f"({type(error).__name__}): give a folder, a .safetensors file, a Hub id or one of {named}."
         ) from error
 
 

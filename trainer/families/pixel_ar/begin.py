@@ -73,7 +73,7 @@ def _wanted(settings: JobSettings, config: dict[str, Any], trained: bool) -> dic
         wanted[name] = chosen
     if wanted["text_embed_dim"] % wanted["text_nhead"]:
         raise UserError(
-            f"text_embed_dim {wanted['text_embed_dim']} is no multiple of text_nhead {wanted['text_nhead']}: change one."
+            f"text_embed_dim {wanted['text_embed_dim']} is no multiple of text_nhead {wanted['text_nhead']}: change it."
         )
     return wanted
 

@@ -137,7 +137,7 @@ class PixelAutoregressive(Family):
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Log-probabilities [B, channels, H, W, levels] of the values `noisy`; there is no time."""
-        logits = self._pipe.model(noisy, conditioning.get("ids"), conditioning.get("class_label"))
+        logits = self._pipe.model(noisy, conditioning["ids"], conditioning.get("class_label"))
         return logits.float().log_softmax(dim=-1)
 
     def probe(self, batch: Batch, conditioning: Conditioning) -> Tensor:
@@ -145,7 +145,7 @@ class PixelAutoregressive(Family):
 
     def sample_losses(self, batch: Batch, conditioning: Conditioning, snr_gamma: float | None) -> Tensor:
         """Nats a value, the mean over the picture, or over its mask: [B]."""
-        nats = self._pipe.model.nats(batch.data, conditioning.get("ids"), conditioning.get("class_label"))
+        nats = self._pipe.model.nats(batch.data, conditioning["ids"], conditioning.get("class_label"))
         return masked_mean(nats, batch.mask)
 
     def pipeline(self, task: str = TEXT_TO_IMAGE) -> Any:

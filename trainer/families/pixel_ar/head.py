@@ -29,6 +29,4 @@ class SubPixelHead(nn.Module):
     def forward(self, hidden: Tensor, values: Tensor) -> list[Tensor]:
         """Features [..., C] and values [..., channels] -> logits [..., levels] of each channel."""
         hidden = self.norm(hidden)
-        return [
-            self.channel(hidden, [values[..., k] for k in range(channel)]) for channel in range(len(self.features))
-        ]
+        return [self.channel(hidden, [values[..., k] for k in range(channel)]) for channel in range(len(self.features))]

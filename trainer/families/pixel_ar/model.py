@@ -1,8 +1,8 @@
 """An autoregressive model of 8-bit pictures: p(x) = product over pixels and channels of p(value | values before, text).
 
-    words -> TextEncoder -> keys, values -----v
-    pixels -> frequency prior -> vertical stack -> horizontal stack -> SubPixelHead -> 256 logits a channel
-                        class, pooled words ---^---------^
+words -> TextEncoder -> keys, values -----v
+pixels -> frequency prior -> vertical stack -> horizontal stack -> SubPixelHead -> 256 logits a channel
+                    class, pooled words ---^---------^
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,17 +24,18 @@ class PixelARPipeline(DiffusionPipeline):
     A folder without weights is a model that is not trained yet: `untrained` makes them from `init_seed`.
     """
 
-    _optional_components = ["tokenizer"]
+    _optional_components: ClassVar[list[str]] = ["tokenizer"]
 
     def __init__(self, model: PixelAR, tokenizer: Any | None, init_seed: int = 0, made_from: str = ""):
         super().__init__()
         self.register_modules(model=model, tokenizer=tokenizer)
         self.register_to_config(init_seed=init_seed, made_from=made_from)
+        self.set_progress_bar_config(desc="rows", leave=False)
 
     def encode(self, captions: list[str]) -> dict[str, Tensor]:
-        """Token ids [B, L] of the captions, or nothing where no text is read."""
+        """Token ids [B, L] of the captions; L is 0 where no text is read."""
         if self.tokenizer is None:
-            return {}
+            return {"ids": torch.zeros(len(captions), 0, dtype=torch.int32, device=self.model.device)}
         ids = token_ids(self.tokenizer, captions, self.model.config.max_text_length)
         return {"ids": ids.to(self.model.device)}
 
@@ -69,12 +71,11 @@ class PixelARPipeline(DiffusionPipeline):
         count = len(generator) if generator is not None else len(prompt)
         generator = generator or [torch.Generator() for _ in range(count)]
         told, untold = told | self.class_labels(class_label, count), untold | self.class_labels(None, count)
-        rows = told
-        if sampling.guidance_scale != 1 and told:
-            rows = {name: torch.cat([value, untold[name]]) for name, value in told.items()}
-        elif not told:
-            sampling = Sampling(sampling.temperature, sampling.top_p)  # there is nothing to be led away from
-        condition = self.model.condition(rows.get("ids"), rows.get("class_label"))
+        if self.tokenizer is None and not self.model.config.num_classes:
+            sampling = replace(sampling, guidance_scale=1.0)  # there is nothing to be led away from
+        if sampling.guidance_scale != 1:
+            told = {name: torch.cat([value, untold[name]]) for name, value in told.items()}
+        condition = self.model.condition(told["ids"], told.get("class_label"))
         side = self.model.config.image_size
         width, height = size or (side, side)
         shape = (height, width, self.model.config.channels)
@@ -113,7 +114,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> PixelARPipeline:
             f"base_model {folder} could not be read ({str(error).splitlines()[0]}): download or copy it again."
         ) from error
     seed = index["init_seed"]
-    return PixelARPipeline(untrained(config, seed).to(dtype), open_tokenizer(folder), seed, index["made_from"])
+    model = torch.nn.Module.to(untrained(config, seed), dtype)  # diffusers' own warns of layers that are not there
+    return PixelARPipeline(model, open_tokenizer(folder), seed, index["made_from"])
 
 
 def open_tokenizer(folder: Path) -> Any | None:

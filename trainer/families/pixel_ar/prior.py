@@ -18,7 +18,7 @@ def dct_bank(window: int, count: int) -> Tensor:
     position = torch.arange(window, dtype=torch.float64)
     waves = torch.cos(math.pi / window * (position + 0.5) * position[:, None]) * math.sqrt(2 / window)
     waves[0] /= math.sqrt(2)
-    order = sorted(((u + v, u, v) for u in range(window) for v in range(window)))[:count]
+    order = sorted((u + v, u, v) for u in range(window) for v in range(window))[:count]
     return torch.stack([torch.outer(waves[u], waves[v]) for _, u, v in order]).float()
 
 
@@ -45,7 +45,7 @@ class FrequencyPrior(nn.Module):
         return self._features(window), window[:, 1:]
 
     def _features(self, x: Tensor) -> Tensor:
-        batch, _, width, channels = x.shape
+        batch, channels = x.shape[0], x.shape[-1]
         planes = F.pad(x, (0, 0, WINDOW // 2, WINDOW - 1 - WINDOW // 2)).permute(0, 3, 1, 2).flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):  # a logarithm of bf16 differences would be noise
             waves = F.conv2d(planes.float()[:, None], self.bank.float())

@@ -69,7 +69,7 @@ def token_ids(tokenizer: Any, captions: list[str], longest: int) -> Tensor:
 
 
 def sinusoids(length: int, channels: int) -> Tensor:
-    """Sines and cosines of positions 0 .. length - 1 (Vaswani et al. 2017, arXiv:1706.03762, 3.5): [length, channels]"""
+    """Sines and cosines of the positions (Vaswani et al. 2017, arXiv:1706.03762, 3.5): [length, channels]."""
     rates = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
     angles = torch.arange(length)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :channels]

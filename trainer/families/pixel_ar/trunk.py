@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.families.pixel_ar.layers import ColumnConv, RowConv, TextFusion, below, beside, gated
