@@ -25,6 +25,8 @@ from toybox.small import SIDE, scenes_of, small
 from toybox.train_sd import PREVIEW_PROMPTS
 from toybox.world import Scene
 from trainer.families.pixel_ar.model import PixelAR, bits_per_dim
+from trainer.families.pixel_ar.pipeline import PixelARPipeline
+from trainer.families.pixel_ar.sampling import Sampling, draw
 from trainer.families.pixel_ar.text import token_ids, vocabulary_tokenizer
 
 CAPTION_DROPOUT = 0.1
@@ -59,11 +61,11 @@ def build(args: argparse.Namespace, vocabulary: int) -> PixelAR:
 
 
 @torch.no_grad()
-def held_out_bits(model: PixelAR, tokenizer: Any, work: Path) -> float:
-    """Bits a dimension of pictures that were never trained on, each with its plain caption."""
+def held_out_bits(model: PixelAR, tokenizer: Any, work: Path, blank: bool) -> float:
+    """Bits a dimension of pictures that were never trained on, each with its plain caption, or all with none."""
     scenes = scenes_of(HELD_OUT_SEED, HELD_OUT)
     pictures = pictures_of(scenes, work / "held_out.pt")
-    ids = token_ids(tokenizer, [caption(scene) for scene in scenes], MAX_TOKENS)
+    ids = token_ids(tokenizer, ["" if blank else caption(scene) for scene in scenes], MAX_TOKENS)
     model.eval()
     found = [model.nats(pictures[i : i + 16], ids[i : i + 16]).mean() for i in range(0, HELD_OUT, 16)]
     model.train()
@@ -133,8 +135,6 @@ def main() -> None:
 
 def preview(model: PixelAR, tokenizer: Any, args: argparse.Namespace) -> None:
     """A grid of the preview prompts, two pictures each."""
-    from trainer.families.pixel_ar.sampling import Sampling, draw
-
     if args.no_text:
         return
     model.eval()
@@ -150,7 +150,12 @@ def preview(model: PixelAR, tokenizer: Any, args: argparse.Namespace) -> None:
 
 
 def finish(model: PixelAR, tokenizer: Any, args: argparse.Namespace) -> None:
-    print(f"held-out pictures: {held_out_bits(model, tokenizer, args.work):.4f} bits/dim", flush=True)
+    """Write the averaged weights as a base model's folder in fp16, and say what they make of unseen pictures."""
+    told, untold = (held_out_bits(model, tokenizer, args.work, blank) for blank in (False, True))
+    print(f"held-out pictures: {told:.4f} bits/dim, {untold:.4f} without their captions", flush=True)
+    pipe = PixelARPipeline(model, None if args.no_text else tokenizer)
+    torch.nn.Module.to(model, torch.float16)
+    pipe.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_a_text_model_begins_as_the_base_model_it_is_made_of(folders, tmp_path, 
     text = load(begin(wanted.model_copy(update={"use_text": True}), dataset, tmp_path / "new").base_model)
     batch = batch_of(source, dataset)
     with torch.no_grad():
-        before = source.sample_losses(batch, batch.conditioning, None)
+        before = source.sample_losses(batch, batch.conditioning | source.encode_text(batch.captions), None)
         after = text.sample_losses(batch, batch.conditioning | text.encode_text(batch.captions), None)
     torch.testing.assert_close(after, before)
     assert text.encode_text(["a"])["ids"].shape == (1, 12)

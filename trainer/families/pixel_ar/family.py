@@ -171,7 +171,7 @@ class Called:
     """The pipeline with a picture's settings as all families are given them."""
 
     def __init__(self, pipe: PixelARPipeline):
-        self._pipe = pipe
+        self.stock = pipe
 
     @property
     def scheduler(self) -> Any:
@@ -179,7 +179,7 @@ class Called:
 
     def __call__(self, text: Any, generator: list[torch.Generator], width: int, height: int, **drawing: Any) -> Any:
         sampling = Sampling(drawing["temperature"], drawing["top_p"], drawing["guidance_scale"])
-        return self._pipe(
+        return self.stock(
             text=text,
             generator=generator,
             class_label=drawing["class_label"],

@@ -16,6 +16,7 @@ from preprocessing.errors import UserError
 from trainer.families.pixel_ar.model import PixelAR
 from trainer.families.pixel_ar.sampling import Sampling, draw
 from trainer.families.pixel_ar.text import token_ids
+from trainer.families.quiet import quietly
 
 
 class PixelARPipeline(DiffusionPipeline):
@@ -106,7 +107,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> PixelARPipeline:
     """The pipeline in a folder, on the CPU; UserError where it is damaged."""
     try:
         if has_weights(folder):
-            return PixelARPipeline.from_pretrained(folder, torch_dtype=dtype)
+            with quietly():
+                return PixelARPipeline.from_pretrained(folder, dtype=dtype)
         config = PixelAR.load_config(folder / "model")
         index = PixelARPipeline.load_config(folder)
     except (OSError, ValueError) as error:
