@@ -68,6 +68,7 @@ def test_a_job_learns_and_says_bits_per_dim(finished) -> None:
     assert all(row["bits_per_dim"] == pytest.approx(row["loss"] / math.log(2)) for row in rows)
     assert finished.summary.curve[-1].loss < finished.summary.base_loss
     bits = finished.summary.delivered.loss / math.log(2)
+    assert families.family_class(str(finished.output_dir)).name == "pixel_ar"  # a base model to go on from
     manifest = json.loads((finished.output_dir / "weights" / "last" / "manifest.json").read_text())
     assert manifest["base_model"] == "pixel_ar" and manifest["family"] == "pixel_ar"
     assert any(f"{bits:.3f}" in sentence for sentence in finished.summary.sentences())
@@ -165,6 +166,7 @@ def test_a_text_model_begins_as_the_base_model_it_is_made_of(folders, tmp_path, 
     wanted, dataset = dataset_of(folders, tmp_path / "text", base_model=str(job_base), hidden_dim=None, num_layers=None)
     same = begin(wanted, dataset, tmp_path / "same")
     assert same.base_model == str(job_base)  # nothing was asked for
+    assert families.asked_for(str(job_base)) == str(job_base)
     text = load(begin(wanted.model_copy(update={"use_text": True}), dataset, tmp_path / "new").base_model)
     batch = batch_of(source, dataset)
     with torch.no_grad():

@@ -39,6 +39,7 @@ class PixelAutoregressive(Family):
             "train_batch_size": 32,
             "learning_rate": 3e-4,
             "preservation_weight": 0.0,
+            "save_diffusers": True,
         },
         "draw": {"guidance_scale": 1.0, "num_inference_steps": 1},
     }
@@ -157,6 +158,7 @@ class PixelAutoregressive(Family):
         return {"text": (conditioning, negative)}
 
     def save_pipeline(self, folder: Path) -> None:
+        self._pipe.register_to_config(made_from="")  # what is trained is a base model of its own
         self._pipe.save_pretrained(folder)
 
     def save_base(self, folder: Path) -> None:
