@@ -77,7 +77,12 @@ def halved(pictures: Pictures) -> Pictures:
 
 def damages() -> dict[str, Damage]:
     """What renders are put through before they are judged; the VAE only where it lies in the repository."""
-    known: dict[str, Damage] = {"as drawn": lambda pictures: pictures, "blurred": blurred, "noisy": noisy, "halved": halved}
+    known: dict[str, Damage] = {
+        "as drawn": lambda pictures: pictures,
+        "blurred": blurred,
+        "noisy": noisy,
+        "halved": halved,
+    }
     return known | ({"through the VAE": through_vae} if VAE_FOLDER.is_dir() else {})
 
 

@@ -146,6 +146,8 @@ class Summary(BaseModel):
 
     def _trigger(self) -> str:
         contrast = self.delivered.trigger_contrast
+        if contrast.mean == contrast.low == contrast.high == 0:  # no caption has the trigger in it
+            return ""
         if contrast.low <= 0 <= contrast.high:
             return f"The trigger word makes no difference that could be measured: {contrast.percent()} of the loss."
         verb = "lowers" if contrast.mean > 0 else "raises"
