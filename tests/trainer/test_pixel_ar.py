@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.families.pixel_ar.model import PixelAR, bits_per_dim
-from trainer.families.pixel_ar.pipeline import PixelARPipeline
+from trainer.families.pixel_ar.pipeline import PixelARPipeline, open_pipeline
 from trainer.families.pixel_ar.prior import dct_bank
 from trainer.families.pixel_ar.sampling import Sampling, draw, guided, pick
 from trainer.families.pixel_ar.text import NO_TOKEN, pretrained_tokenizer, token_ids, vocabulary_tokenizer
@@ -126,6 +126,23 @@ def test_cached_rows_give_the_logits_of_the_whole_picture(switches: dict) -> Non
                 for channel in range(3):
                     found = made.head.channel(hidden, [last[:, i, j, k] for k in range(channel)])
                     torch.testing.assert_close(found, whole[:, channel, i, j], rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_draws_what_it_reads_too(tmp_path) -> None:
+    words(num_classes=2).save_pretrained(tmp_path)
+    pipe = open_pipeline(tmp_path, torch.bfloat16)
+    made, whole = pipe.model, open_pipeline(tmp_path, torch.float32).model
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    values, ids = inputs(made, 2)[0], pipe.encode(CAPTIONS[:2])["ids"]
+    label, last = torch.tensor([0, 2]), values.permute(0, 2, 3, 1)
+    with torch.no_grad():
+        rounded, exact = made(values, ids, label).float(), whole(values, ids, label)
+        assert (rounded - exact).abs().mean() < 0.1 * exact.std()
+        for i, row in enumerate(Cached(made.trunk, made.condition(ids, label), (2, 5, 6)).rows(last)):
+            for j in range(6):
+                hidden = made.head.norm(row.pixel(j, last[:, i, j - 1] if j else None))
+                found = made.head.channel(hidden, []).float()
+                assert (found - rounded[:, 0, i, j]).abs().mean() < 0.1 * exact.std()
 
 
 def naive(made: PixelAR, uniform: Tensor, sampling: Sampling) -> Tensor:

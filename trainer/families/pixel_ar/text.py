@@ -70,9 +70,9 @@ def token_ids(tokenizer: Any, captions: list[str], longest: int) -> Tensor:
 
 def sinusoids(length: int, channels: int) -> Tensor:
     """Sines and cosines of the positions (Vaswani et al. 2017, arXiv:1706.03762, 3.5): [length, channels]."""
-    rates = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
+    rates = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(10000.0) / channels))
     angles = torch.arange(length)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :channels]
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :channels].float()
 
 
 class TextEncoder(nn.Module):
@@ -94,7 +94,8 @@ class TextEncoder(nn.Module):
         """Ids [B, L] -> states [B, L', D], mask [B, L'] that is true at words, and pooled [B, D]; L' the longest."""
         ids = ids[:, : int((ids != NO_TOKEN).sum(dim=1).max())]
         mask = ids != NO_TOKEN
-        embedded = self.embedding(ids.clamp(min=0)) + self.positions[: ids.shape[1]]
+        embedded = self.embedding(ids.clamp(min=0))
+        embedded = embedded + self.positions[: ids.shape[1]].to(embedded.dtype)
         states = self.layers(embedded, src_key_padding_mask=~mask)
         share = mask.to(states.dtype) / mask.sum(dim=1, keepdim=True)
         return states, mask, self.pool((states * share[..., None]).sum(dim=1))

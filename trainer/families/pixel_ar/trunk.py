@@ -185,27 +185,25 @@ class Cached:
         weight = trunk.v_place.weight
         self._v_places, self._h_places = trunk.places(height, self._width, weight.device)
         self._told = [Told.of(layer, condition) for layer in trunk.layers]
-        self._empty = weight.new_zeros(self._batch, 1, self._width, trunk.shape.channels)
+        # in fp32 whatever the weights are: the waves of a value rounded to bf16 are other waves
+        self._empty = weight.new_zeros(self._batch, 1, self._width, trunk.shape.channels, dtype=torch.float32)
         features = trunk.v_in.linear.in_features // math.prod(VERTICAL_KERNEL)
-        self._zeros = weight.new_zeros(self._batch, 1, self._width, features)
+        self._zeros = self._blank(1, features)
         self._lines = Lines(
             self._blank(trunk.v_in.rows_above, features),
-            None if trunk.prior is None else self._blank(trunk.prior.rows_above, trunk.shape.channels),
+            None if trunk.prior is None else self._empty.expand(-1, trunk.prior.rows_above, -1, -1),
             [self._blank(layer.v_conv.rows_above, trunk.shape.hidden_dim) for layer in trunk.layers],
         )
 
     def _blank(self, rows: int, channels: int) -> Tensor:
-        return self._zeros_like(rows, self._width, channels)
-
-    def _zeros_like(self, *size: int) -> Tensor:
-        return self._trunk.v_place.weight.new_zeros(self._batch, *size)
+        return self._trunk.v_place.weight.new_zeros(self._batch, rows, self._width, channels)
 
     def rows(self, values: Tensor) -> Iterator[Row]:
         """Each row in turn, while `values` [B, H, W, channels] are filled in."""
         trunk, lines = self._trunk, self._lines
         for i in range(values.shape[1]):
-            scaled = trunk.scaled(values[:, i - 1 : i]).to(self._empty.dtype) if i else self._empty
-            pixels = trunk.pixel_features(scaled) if i else self._zeros
+            scaled = trunk.scaled(values[:, i - 1 : i]) if i else self._empty
+            pixels = trunk.pixel_features(scaled).to(self._zeros.dtype) if i else self._zeros
             v, lines.pixels = trunk.v_in.row(pixels, lines.pixels)
             v = v + self._v_places[:, i : i + 1]
             if trunk.prior is not None:
