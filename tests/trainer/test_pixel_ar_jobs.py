@@ -17,6 +17,7 @@ from PIL import Image
 import predict
 from preprocessing.errors import UserError
 from preprocessing.prepared import PreparedDataset
+from tests.trainer.test_loop import train_on_two
 from trainer import artifact, families, job
 from trainer.cache import encode_dataset, lookup
 from trainer.config import JobSettings
@@ -221,3 +222,32 @@ def test_settings_of_one_family_are_refused_by_another(folders, tmp_path) -> Non
             job.fill(settings(folders, tmp_path, **changes))
     with pytest.raises(UserError, match="text_nhead 3"):
         begin(*dataset_of(folders, tmp_path / "out", text_nhead=3), tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [False, True])
+def test_two_processes_are_one(folders, tmp_path, train_on, read_job, text) -> None:
+    """The text encoder's dropout falls otherwise on two; all else is the same."""
+    changes = {"use_text": text, "max_train_steps": 3, "ema_decay": None, "caption_dropout": 0.0}
+    given, dataset = dataset_of(folders, tmp_path / "data", **changes)
+    train_on_two(given.model_copy(update={"output_dir": tmp_path / "two"}), dataset, tmp_path)
+    (tmp_path / "one").mkdir()
+    one = train_on(given.model_copy(update={"output_dir": tmp_path / "one", "train_batch_size": 4}), dataset)
+    two = read_job(tmp_path / "two")
+    assert two.losses == pytest.approx(one.losses, rel=1e-2 if text else 1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(folders, tmp_path) -> None:
+    given, dataset = dataset_of(folders, tmp_path / "out")
+    gradients = []
+    for checkpointed in (False, True):
+        family = load(begin(given, dataset, tmp_path / "base").base_model)
+        family.module("model").requires_grad_(True)
+        if checkpointed:
+            family.enable_gradient_checkpointing()
+        batch = batch_of(family, dataset)
+        family.training_loss(batch, batch.conditioning | family.encode_text(batch.captions), None).backward()
+        gradients.append({name: p.grad for name, p in family.module("model").named_parameters()})
+    for name, value in gradients[0].items():
+        assert value is not None, name  # every parameter takes part
+        torch.testing.assert_close(gradients[1][name], value, msg=name)
