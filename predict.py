@@ -2,11 +2,13 @@
 
     python predict.py --weights outputs/x/trained_model.tar --prompt "a photo of TOK" --num_outputs 4
     python predict.py --prompt "a big red star"                       the base model alone
+    python predict.py --weights ... --prompt_file prompts.txt         a prompt a line, named after their prompts
 
 `Predictor` is the same for Cog. Cog reads the signature of `run` from the source without running it, so defaults,
 bounds and choices are written out as literals; a test holds them equal to PredictSettings.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from pathlib import Path as LocalPath
 from typing import TYPE_CHECKING, Any, List, Optional
 
 from cog import BaseRunner, Input, Path
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from preprocessing.errors import UserError, redacted
 from trainer import cancel, commandline, hosted
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 SENT_BY_NOW = 600  # seconds after which an answer's files have been sent; Cog's own time-out is 25
 DEFAULT_BASE = JobSettings.model_fields["base_model"].default
 
+LONGEST_SLUG = 50  # characters of a prompt in a file's name
 SCHEDULERS = ["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
 hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads
@@ -54,6 +57,31 @@ class PredictSettings(DrawSettings):
         None, description="The other half of such a model. Null: what the weights name, or the published one."
     )
     output_dir: LocalPath = Field(LocalPath("outputs/predict"), description="Folder for the pictures.")
+
+
+class CommandSettings(PredictSettings):
+    """What only the command line takes."""
+
+    prompt: str | None = Field(None, description="What to draw; the trigger word calls the subject.")
+    prompt_file: LocalPath | None = Field(
+        None, description="In place of prompt: a text file with a prompt on each line; num_outputs pictures of each."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "CommandSettings":
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("prompt is missing: give --prompt TEXT, or --prompt_file PATH, and not both")
+        return self
+
+    def prompts(self) -> list[str]:
+        """The lines of prompt_file that are not empty; UserError where there are none."""
+        try:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt_file {self.prompt_file} cannot be read: give a text file in UTF-8.") from error
+        if found := [line.strip() for line in lines if line.strip()]:
+            return found
+        raise UserError(f"prompt_file {self.prompt_file} is empty: write a prompt on each line.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +170,24 @@ class Studio:
 
     def draw(self, settings: PredictSettings) -> tuple[int, list[LocalPath]]:
         """Draw and write the pictures; returns the first one's seed, and the files."""
+        generator, settings, what = self._prepared(settings)
+        return settings.seed, written(generator.draw(what), settings)
+
+    def draw_each(self, prompts: list[str], settings: PredictSettings) -> tuple[int, list[LocalPath]]:
+        """The same of several prompts, each with the seeds seed, seed + 1, ...; the files are named after them."""
+        generator, settings, what = self._prepared(settings)
+        count = settings.num_outputs
+        wanted = [(i, prompt, j) for i, prompt in enumerate(prompts) for j in range(count)]
+        pictures = generator.draw_prompts([one[1] for one in wanted], [settings.seed + one[2] for one in wanted], what)
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        files = []
+        for (i, prompt, j), picture in zip(wanted, pictures, strict=True):
+            files.append(settings.output_dir / f"prompt_{i:03d}_img_{j:04d}_{slug(prompt)}.png")
+            save(picture, files[-1], settings.model_copy(update={"prompt": prompt, "seed": settings.seed + j}))
+        return settings.seed, files
+
+    def _prepared(self, settings: PredictSettings) -> "tuple[Generator, PredictSettings, DrawSettings]":
+        """The generator with the weights asked for, the settings with a seed, and what of them is about the picture."""
         shown = [("condition", path) for path in settings.condition or ()]
         shown += [("references", path) for path in settings.references or ()]
         for name, path in (("image", settings.image), ("mask", settings.mask), *shown):
@@ -152,7 +198,7 @@ class Studio:
 
         settings = settings.model_copy(update={"seed": seed_of(settings)})
         what = DrawSettings(**settings.model_dump(include=set(DrawSettings.model_fields)))
-        return settings.seed, written(generator.draw(what), settings)
+        return generator, settings, what
 
 
 def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[LocalPath]:
@@ -160,22 +206,32 @@ def written(pictures: "list[Image.Image]", settings: PredictSettings) -> list[Lo
 
     `settings.seed` must be set.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     numbers = (path.name.partition("_")[0] for path in settings.output_dir.glob("*_seed*.png"))
     taken = [int(number) for number in numbers if number.isdecimal()]
     files = []
     for i, picture in enumerate(pictures):
         seed = settings.seed + i
-        text = PngInfo()
-        # a picture is passed on, its text with it
-        told = {name: redacted(getattr(settings, name) or "") or None for name in ("weights", "companion_weights")}
-        one = settings.model_copy(update={"seed": seed, "num_outputs": 1} | told)
-        text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir"}))
         files.append(settings.output_dir / f"{max(taken, default=0) + i + 1:04d}_seed{seed}.png")
-        picture.save(files[-1], pnginfo=text)
+        save(picture, files[-1], settings.model_copy(update={"seed": seed}))
     return files
+
+
+def save(picture: "Image.Image", path: LocalPath, settings: PredictSettings) -> None:
+    """Write a picture with the settings that draw it alone in its PNG text."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    # a picture is passed on, its text with it
+    told = {name: redacted(getattr(settings, name) or "") or None for name in ("weights", "companion_weights")}
+    one = settings.model_copy(update={"num_outputs": 1} | told)
+    text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir", "prompt_file"}))
+    picture.save(path, pnginfo=text)
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    return "_".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:LONGEST_SLUG].strip("_") or "empty"
 
 
 class Predictor(BaseRunner):
@@ -214,6 +270,11 @@ class Predictor(BaseRunner):
             default=None, ge=2, le=1000, description="Of a model's prior."
         ),
         image_guidance_scale: Optional[float] = Input(default=None, ge=0, le=50, description="Of the references."),
+        temperature: Optional[float] = Input(
+            default=None, ge=0, le=10, description="Of pixel_ar's choices; 0: likeliest."
+        ),
+        top_p: Optional[float] = Input(default=None, le=1, description="Choose among the likeliest values."),
+        class_label: Optional[int] = Input(default=None, ge=0, description="Number of a learned class."),
         scheduler: Optional[str] = Input(default=None, choices=SCHEDULERS, description="How the steps are taken."),
         seed: Optional[int] = Input(default=None, ge=0, description="The same seed draws the same picture."),
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),
@@ -252,8 +313,13 @@ class Predictor(BaseRunner):
 def main(argv: list[str]) -> None:
     """The command line; `argv` are the program's arguments. Raises UserError for a mistake of the user's."""
     description = "Draw with trained weights, or with a base model alone."
-    parser = commandline.build_parser(PredictSettings, "predict.py", description)
-    seed, files = Studio().draw(commandline.read(parser, PredictSettings, argv))
+    parser = commandline.build_parser(CommandSettings, "predict.py", description)
+    settings = commandline.read(parser, CommandSettings, argv)
+    if settings.prompt_file is None:
+        seed, files = Studio().draw(settings)
+    else:
+        prompts = settings.prompts()
+        seed, files = Studio().draw_each(prompts, settings.model_copy(update={"prompt": prompts[0]}))
     print(f"seed: {seed}", *files, sep="\n")
 
 

@@ -26,7 +26,7 @@ OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train`
 METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"]
 CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
 MASKS = ["auto", "none", "alpha", "text", "face"]
-MODES = ["subject", "face", "style"]
+MODES = ["subject", "face", "style", "captions"]
 OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 

@@ -1,4 +1,4 @@
-"""What is taught - a subject, a face or a style - and what follows from it for captions and masks."""
+"""What is taught - a subject, a face, a style, or all that captions say - and what follows for captions and masks."""
 
 from __future__ import annotations
 
@@ -20,4 +20,6 @@ WORDINGS: dict[Mode, Wording] = {
     "face": Wording("a photo of {trigger}, {caption}", "a photo of {trigger}"),
     # The words of a style follow those of what it shows, as they will in prompts.
     "style": Wording("{caption}, in the style of {trigger}", "in the style of {trigger}"),
+    # Pictures and words as they are: there is nothing to call.
+    "captions": Wording("{caption}", ""),
 }

@@ -182,9 +182,7 @@ def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], r
     if reused or said.reused:
         print(f"used again from an earlier run: {reused} pictures, {said.reused} captions", file=sys.stderr)
     items = tuple(
-        _item(picture, crop, captions[picture.name], upload.repeats.get(picture.name, 1))
-        for picture in finished
-        for crop in picture.cropped.crops
+        _item(picture, crop, captions[picture.name], upload) for picture in finished for crop in picture.cropped.crops
     )
     dataset = PreparedDataset(
         items=items,
@@ -269,7 +267,7 @@ def _enlarged(small: list[Done], settings: PrepareSettings, place: Place, report
     return finished
 
 
-def _item(picture: Finished, crop: Crop, caption: Caption, repeats: int) -> PreparedItem:
+def _item(picture: Finished, crop: Crop, caption: Caption, upload: Upload) -> PreparedItem:
     cropped = picture.cropped
     return PreparedItem(
         image=crop.image,
@@ -284,11 +282,12 @@ def _item(picture: Finished, crop: Crop, caption: Caption, repeats: int) -> Prep
         resized_size=crop.resized_size,
         crop=crop.crop,
         size=crop.size,
-        repeats=repeats,
+        repeats=upload.repeats.get(picture.name, 1),
         notes=cropped.notes,
         perceptual_hash=cropped.perceptual_hash,
         blur=cropped.blur,
         digest=crop.digest,
+        class_label=upload.classes.get(picture.name),
     )
 
 

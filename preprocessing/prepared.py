@@ -41,6 +41,7 @@ class PreparedItem(BaseModel):
     perceptual_hash: str = ""  # 16 hexadecimal digits; near-duplicates differ by a few bits
     blur: float | None = None  # 0 sharp, 1 without detail
     digest: str = ""  # SHA-256 of pixels, mask and conditions
+    class_label: int | None = None  # number of its class, of a source that has classes
 
 
 class Reject(BaseModel):

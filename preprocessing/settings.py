@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Mode = Literal["subject", "face", "style"]
+Mode = Literal["subject", "face", "style", "captions"]
 
 
 class PrepareSettings(BaseModel):
@@ -18,10 +18,11 @@ class PrepareSettings(BaseModel):
     input_images: Path = Field(
         description="Archive (zip, tar, tar.gz) or folder of pictures, captions beside them; or a data set: see source."
     )
-    source: Literal["auto", "files", "dataset"] = Field(
+    source: Literal["auto", "files", "dataset", "cifar100", "imagenet", "imagenet10k", "coco", "toybox"] = Field(
         "auto",
         description="dataset: input_images is a Hub id, or local Parquet, WebDataset or ImageFolder files, streamed. "
-        "auto: that for a folder of nothing but .parquet or .tar files.",
+        "auto: that for a folder of nothing but .parquet or .tar files. cifar100 (binary version), imagenet and "
+        "imagenet10k (class folders), coco: input_images is where it lies; toybox: the drawn world, input_images any.",
     )
     dataset_split: str = Field("train", description="Split of a data set.")
     image_column: str | None = Field(None, description="Column of a data set's pictures; None: the only one with some.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from preprocessing.captions import UserCaption
 from preprocessing.crop import Task
 from preprocessing.errors import UserError
+from preprocessing.pairs import PHOTO, SOURCES, Share, open_pairs, said
 from preprocessing.settings import PrepareSettings
 from preprocessing.upload import Upload
 
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 SHARDS = {".parquet", ".tar"}
 CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
+CLASS_COLUMNS = ("fine_label", "label")  # of names of classes, where nothing else is a caption
 OF_JSON = "json"  # the column of a WebDataset's .json files
-Share = tuple[int, int]  # which of how many nodes this one is
 
 
 def is_dataset(settings: PrepareSettings) -> bool:
     """Whether the input is read by `datasets`: the setting says so, or it is a Parquet file or a folder of shards."""
     if settings.source != "auto":
-        return settings.source == "dataset"
+        return settings.source != "files"
     path = settings.input_images
     if path.is_file():
         return path.suffix.lower() == ".parquet"
@@ -44,6 +45,8 @@ def open_dataset(settings: PrepareSettings, share: Share) -> Upload:
 
     Raises UserError where there is no such data set, split or column.
     """
+    if settings.source in SOURCES:
+        return open_pairs(settings, share)
     records = _load(settings)
     image, caption = _columns(records, settings)
     upload = Upload(tasks=(), count=None)
@@ -54,6 +57,8 @@ def open_dataset(settings: PrepareSettings, share: Share) -> Upload:
 def identity(settings: PrepareSettings) -> str:
     """What changes when the data set does: names, sizes and times of local files, or the Hub's commit."""
     path = settings.input_images
+    if settings.source == "toybox":
+        return "toybox"  # it is drawn: of the settings, all that matters is hashed anyhow
     if path.exists():
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         told = [[file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -92,7 +97,7 @@ def _load(settings: PrepareSettings) -> IterableDataset:
 
 def _columns(records: IterableDataset, settings: PrepareSettings) -> tuple[str, str | None]:
     """The columns of the pictures and of the captions, by the settings or by what they are."""
-    from datasets import Image
+    from datasets import ClassLabel, Image
 
     features = records.features or {}
     found = ", ".join(features) or "none"
@@ -105,7 +110,8 @@ def _columns(records: IterableDataset, settings: PrepareSettings) -> tuple[str, 
         if caption not in features:
             raise UserError(f"caption_column: the data set has the columns {found[:200]}, not {caption!r}.")
         return image, caption
-    return image, next((name for name in (*CAPTION_COLUMNS, OF_JSON) if name in features), None)
+    told = next((name for name in (*CAPTION_COLUMNS, OF_JSON) if name in features), None)
+    return image, told or next((name for name in CLASS_COLUMNS if isinstance(features.get(name), ClassLabel)), None)
 
 
 def _undecoded(records: IterableDataset) -> IterableDataset:
@@ -129,6 +135,7 @@ def _tasks(
     records: IterableDataset, columns: tuple[str, str | None], upload: Upload, settings: PrepareSettings
 ) -> Iterator[Task]:
     image, caption = columns
+    names = getattr((records.features or {}).get(caption), "names", None)  # of classes, which are numbers in records
     for number, record in enumerate(_sound(itertools.islice(records, settings.max_pictures), settings)):
         value = record[image]
         content: Path | bytes = b""
@@ -137,9 +144,11 @@ def _tasks(
         elif isinstance(value, Mapping):
             content = value["bytes"] or (Path(value["path"]) if value.get("path") else b"")
         name = _name(record, value, number)
-        said = _caption(record.get(caption)) if caption else None
-        if said is not None:
-            upload.captions[name] = UserCaption(said, caption)
+        text = _caption(record.get(caption)) if caption else None
+        if names and isinstance(label := record.get(caption), int) and 0 <= label < len(names):
+            upload.classes[name], text = label, PHOTO.format(said(names[label]))
+        if text is not None:
+            upload.captions[name] = UserCaption(text, caption)
         yield Task(name, content)
 
 

@@ -29,6 +29,7 @@ class Upload:
     count: int | None
     captions: dict[str, UserCaption] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
     asides: list[Aside] = field(default_factory=list)
 

@@ -16,7 +16,7 @@ from preprocessing.errors import UserError
 from trainer import commandline
 from trainer.config import JobSettings
 
-DOORS = {"train.py": JobSettings, "predict.py": predict.PredictSettings}
+DOORS = {"train.py": JobSettings, "predict.py": predict.CommandSettings}
 
 
 def read(*argv: str) -> JobSettings:

@@ -70,9 +70,19 @@ def through_vae(pictures: Pictures) -> Pictures:
     return damaged
 
 
+def halved(pictures: Pictures) -> Pictures:
+    """Pictures at half their size, as the autoregressive model draws them."""
+    return [picture.reduce(2) for picture in pictures]
+
+
 def damages() -> dict[str, Damage]:
     """What renders are put through before they are judged; the VAE only where it lies in the repository."""
-    known: dict[str, Damage] = {"as drawn": lambda pictures: pictures, "blurred": blurred, "noisy": noisy}
+    known: dict[str, Damage] = {
+        "as drawn": lambda pictures: pictures,
+        "blurred": blurred,
+        "noisy": noisy,
+        "halved": halved,
+    }
     return known | ({"through the VAE": through_vae} if VAE_FOLDER.is_dir() else {})
 
 

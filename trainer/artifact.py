@@ -6,6 +6,7 @@
     prefix.safetensors      text_encoder.prompt_embeddings [P, d], ...: the vectors before the input of text encoders
     comfyui/                the same weights as other programs load them (trainer.ui_files)
     README.md               the model card
+    base/                   configuration and tokenizer of a base model that the job built; its weights are the adapter
     evaluation.json         how good they are (trainer.evaluation.summary.Summary)
     config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
 
@@ -45,6 +46,7 @@ PREFIX = "prefix.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers' load_lora_weights looks
 EVALUATION = "evaluation.json"
 CARD = "README.md"
+BASE = "base"  # folder of a base model's configuration, without weights
 MEMBERS = (
     MANIFEST,
     ADAPTER,
@@ -53,6 +55,8 @@ MEMBERS = (
     "comfyui/*.safetensors",
     "comfyui/embeddings/*.safetensors",
     CARD,
+    "base/*.json",
+    "base/*/*.json",
     "config.yaml",
     "captions.jsonl",
     "metrics.jsonl",

@@ -5,12 +5,12 @@ Everything is stored by sample, never by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from preprocessing.prepared import PreparedDataset
+from preprocessing.prepared import PreparedDataset, PreparedItem
 from trainer.families.base import Family
 from trainer.methods.base import Method
 from trainer.samples import Conditioning, Picture, Sample, load_pictures, padded
@@ -40,31 +40,34 @@ class Cache:
         return replace(self, repeats=tuple(0 if i in pictures else count for i, count in enumerate(repeats)))
 
 
-def _runs(pictures: Sequence[Picture]) -> list[list[int]]:
-    """Indices of neighbours of one size, at most ENCODE_BATCH together."""
-    runs: list[list[int]] = []
-    for index, picture in enumerate(pictures):
-        if runs and len(runs[-1]) < ENCODE_BATCH and pictures[runs[-1][0]].pixels.shape == picture.pixels.shape:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
+Loaded = tuple[PreparedItem, Picture]
+
+
+def _runs(pictures: Iterable[Loaded]) -> Iterator[list[Loaded]]:
+    """Neighbours of one size, at most ENCODE_BATCH together; no more than these are held."""
+    run: list[Loaded] = []
+    for item, picture in pictures:
+        if run and (len(run) == ENCODE_BATCH or run[0][1].pixels.shape != picture.pixels.shape):
+            yield run
+            run = []
+        run.append((item, picture))
+    if run:
+        yield run
 
 
 def encode_dataset(
     family: Family, dataset: PreparedDataset, flip: bool, progress: Progress, method: Method | None = None
 ) -> list[Sample]:
     """Every picture of the data set as a sample, in the data set's order, with what the method adds to it."""
-    loaded = list(load_pictures(dataset, flip))
     samples: list[Sample] = []
-    for run in _runs([picture for _, picture in loaded]):
-        pictures = [loaded[i][1] for i in run]
+    for run in _runs(load_pictures(dataset, flip)):
+        pictures = [picture for _, picture in run]
         targets = [method.picture(picture) for picture in pictures] if method else pictures
-        encoded = family.encode(targets, [loaded[i][0].caption for i in run])
+        encoded = family.encode(targets, [item.caption for item, _ in run])
         for sample, picture in zip(encoded, pictures, strict=True):
             added = method.sample_conditioning(family, picture) if method else {}
             samples.append(replace(sample, conditioning=sample.conditioning | added))
-        progress("cache", len(samples), len(loaded))
+        progress("cache", len(samples), len(dataset.items))
     return samples
 
 

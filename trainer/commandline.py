@@ -209,9 +209,11 @@ def _metavar(annotation: Any) -> str:
 
 def _by_class(model: type[BaseModel]) -> Iterator[tuple[type, dict[str, FieldInfo]]]:
     """The fields of `model` by the class that they were written in, base classes first."""
+    shown: set[str] = set()  # a class may change what one that it is made from says of a field
     for owner in sorted(model.__mro__, key=lambda one: len(one.__mro__)):
-        own = inspect.get_annotations(owner)
+        own = inspect.get_annotations(owner).keys() - shown
         fields = {name: field for name, field in model.model_fields.items() if name in own}
+        shown |= own
         if fields:
             yield owner, fields
 

@@ -16,6 +16,11 @@ from preprocessing.settings import PrepareSettings
 
 Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
 Schedule = Literal["constant", "linear", "cosine", "exponential"]
+# settings that only some base models have; see Family.own_settings
+FOR_SOME = (
+    *("use_text", "tokenizer", "vocab_size", "text_embed_dim", "num_text_layers", "text_nhead", "max_text_length"),
+    *("hidden_dim", "num_layers", "use_frequency_prior", "use_class_labels"),
+)
 
 
 class MethodSettings(PrepareSettings):
@@ -73,6 +78,29 @@ class ConditionSettings(PrepareSettings):
     target_modules: str | None = Field(
         None, description="Regular expression of the whole names of the layers that get LoRA; None: all usual ones."
     )
+
+
+class ArchitectureSettings(PrepareSettings):
+    """How a model that is trained from nothing is built (pixel_ar).
+
+    None takes what the base model's own configuration says.
+    """
+
+    use_text: bool | None = Field(
+        None, description="Read captions; null: as the base model, of one that is built anew true."
+    )
+    tokenizer: str | None = Field(
+        None, description="Hub id or folder of a transformers tokenizer (gpt2); null: the words of the captions."
+    )
+    vocab_size: int | None = Field(None, ge=4, description="Most words that are learned from captions.")
+    text_embed_dim: int | None = Field(None, ge=8, description="Width of the text encoder.")
+    num_text_layers: int | None = Field(None, ge=1, description="Its transformer layers.")
+    text_nhead: int | None = Field(None, ge=1, description="Its attention heads.")
+    max_text_length: int | None = Field(None, ge=2, description="Tokens of a caption that are read.")
+    hidden_dim: int | None = Field(None, ge=8, description="Channels of the picture's features.")
+    num_layers: int | None = Field(None, ge=1, description="Gated layers over the picture.")
+    use_frequency_prior: bool | None = Field(None, description="Tell the model which frequencies are above a row.")
+    use_class_labels: bool = Field(False, description="Learn the classes of the data set too, for class_label.")
 
 
 class OptimisationSettings(PrepareSettings):
@@ -195,7 +223,13 @@ ALWAYS = {"use_bias_correction": "true", "safeguard_warmup": "true", "init_lora_
 
 
 class JobSettings(
-    MethodSettings, ConditionSettings, OptimisationSettings, ObjectiveSettings, EvaluationSettings, RunSettings
+    MethodSettings,
+    ConditionSettings,
+    ArchitectureSettings,
+    OptimisationSettings,
+    ObjectiveSettings,
+    EvaluationSettings,
+    RunSettings,
 ):
     """All settings of one job."""
 

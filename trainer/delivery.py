@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -37,7 +38,7 @@ def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: R
     """What the weights say of themselves."""
     settings = run.settings
     return Manifest(
-        base_model=settings.base_model,
+        base_model=families.asked_for(settings.base_model),
         base_hash=families.fingerprint(settings.base_model),
         base_license=hub.license_of(families.resolve(settings.base_model)),
         family=family.name,
@@ -45,7 +46,7 @@ def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: R
         trigger_word=settings.trigger_word,
         tokens=method.tokens(),
         class_word=settings.class_word,
-        settings=settings.model_dump(mode="json"),
+        settings=_as_asked(settings),
         dataset_hash=dataset.dataset_hash,
         step=run.step,
         created=datetime.now(UTC),
@@ -55,11 +56,18 @@ def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: R
     )
 
 
+def _as_asked(settings: JobSettings) -> dict[str, Any]:
+    """The settings that run the job again: with the base model that was named, not the one built for the job."""
+    asked = settings.model_copy(update={"base_model": families.asked_for(settings.base_model)})
+    return asked.model_dump(mode="json")
+
+
 def save_weights(folder: Path, family: Family, method: Method, dataset: PreparedDataset, run: Run) -> None:
     """Write manifest and weights: what `predict` needs."""
     manifest = manifest_of(family, method, dataset, run)
     artifact.write_manifest(folder, manifest)
     method.save(folder, manifest)
+    family.save_base(folder / artifact.BASE)
 
 
 def add_exports(folder: Path, family: Family) -> None:
@@ -73,7 +81,7 @@ def add_exports(folder: Path, family: Family) -> None:
 
 def add_papers(folder: Path, dataset: PreparedDataset, settings: JobSettings) -> None:
     """Put settings, captions and metrics beside the weights."""
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(_as_asked(settings), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     dataset.write_captions(folder / CAPTIONS)
     shutil.copyfile(settings.output_dir / METRICS_FILE, folder / METRICS_FILE)

@@ -8,7 +8,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # settings that only some base models have; see Drawable.draw_options
-FOR_SOME = ("prior_guidance_scale", "prior_num_inference_steps", "image_guidance_scale")
+FOR_SOME = (
+    *("prior_guidance_scale", "prior_num_inference_steps", "image_guidance_scale"),
+    *("temperature", "top_p", "class_label"),
+)
 Scheduler = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmsolver++", "unipc"]
 
 
@@ -31,6 +34,13 @@ class DrawSettings(BaseModel):
     image_guidance_scale: float | None = Field(
         None, ge=0, le=50, description="How strictly references are followed (OmniGen2); 1 or less: by the prompt only."
     )
+    temperature: float | None = Field(
+        None, ge=0, le=10, description="Of an autoregressive model's choices (pixel_ar); 0 takes the likeliest value."
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="The likeliest values that together have this probability are chosen from."
+    )
+    class_label: int | None = Field(None, ge=0, description="Number of the class, of a model that learned some.")
     scheduler: Scheduler | None = Field(None, description="How the steps are taken.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed draws the same picture; null: a random one."

@@ -64,6 +64,7 @@ class Fitted:
     parting: Split
     main: History  # of the run that made the weights
     judged: History  # what the step was chosen by: the same, or the folds' together
+    figures: Callable[[float], dict[str, float]] = lambda loss: {}  # what else a loss is told as
 
 
 def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
@@ -101,7 +102,9 @@ def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
         )
     weights = kept.folder / (LAST if best == step else BEST)
     delivery.add_exports(weights, parts.family)
-    return Fitted(weights, best, step, settings.max_train_steps, parting, judge.history, judged)
+    return Fitted(
+        weights, best, step, settings.max_train_steps, parting, judge.history, judged, type(parts.family).figures
+    )
 
 
 def run(parts: Loaded, plan: Plan, folder: Path) -> int:
@@ -165,12 +168,16 @@ def told(parts: Loaded) -> Callable[[History], None]:
         step = judged.steps[-1]
         values = {"loss": judged.at(step).losses.mean(), "gain": judged.gain(step).mean}
         values |= {"trigger_contrast": judged.contrast(step).mean, "drift": judged.drift(step).mean}
+        figures = parts.family.figures(float(values["loss"]))
+        values |= figures
+        more = "".join(f", {name} {value:.4f}" for name, value in figures.items())
         of = "held_out" if judged.unseen else "trained"
         parts.accelerator.log({f"{of}/{name}": float(value) for name, value in values.items()}, step=step)
         gain = judged.gain(step)
         tqdm.write(
-            f"step {step}: {of.replace('_', '-')} pictures: loss {values['loss']:.4f}, {100 * gain.mean:.1f} % better "
-            f"than the base model ({100 * gain.low:.1f} to {100 * gain.high:.1f} %), drift {values['drift']:.4f}",
+            f"step {step}: {of.replace('_', '-')} pictures: loss {values['loss']:.4f}{more}, "
+            f"{100 * gain.mean:.1f} % better than the base model ({100 * gain.low:.1f} to {100 * gain.high:.1f} %), "
+            f"drift {values['drift']:.4f}",
             file=sys.stderr,
         )
 
@@ -239,6 +246,7 @@ def planned(
         checkpoints=Checkpoints(settings.output_dir / CHECKPOINTS, identity, settings.checkpoints_total_limit),
         on_step=parts.stages.on_step_of(settings.max_train_steps),
         beside=_writer(parts, settings) if settings.save_diffusers else None,
+        figures=family.figures,
     )
     return plan, cached, findings
 
@@ -276,4 +284,6 @@ def summarised(fitted: Fitted, dataset: PreparedDataset, gallery: Gallery, secon
         diversity=gallery.seen.diversity,
         seconds=round(spent, 1),
         share=round(spent / sum(seconds.values()), 4),
+        figures=fitted.figures(float(judged.at(fitted.step).losses.mean())),
+        base_figures=fitted.figures(float(judged.base.mean())),
     )

@@ -26,6 +26,7 @@ from trainer import artifact
 from trainer.adapter_keys import Adapter, read_adapter
 from trainer.artifact import MANIFEST
 from trainer.config import JobSettings
+from trainer.families import INDEX
 from trainer.families.base import TEXT, Drawable
 from trainer.methods import METHODS
 from trainer.ui_files import BUNDLE
@@ -99,6 +100,8 @@ def opened(path: Path, family: Drawable, base_model: str) -> Iterator[Path]:
 
 def base_of(folder: Path) -> str | None:
     """The base model that unpacked weights name, or else the one that weights of their shape are for."""
+    if (folder / artifact.BASE / INDEX).is_file():
+        return str(folder / artifact.BASE)
     if (folder / MANIFEST).is_file():
         return artifact.read_manifest(folder).base_model
     parts = _Parts(folder)

@@ -254,6 +254,9 @@ PIPELINE_DEFAULTS = {
     "prior_guidance_scale": 4.0,
     "prior_num_inference_steps": 25,
     "image_guidance_scale": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "class_label": None,
 }
 
 

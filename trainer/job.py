@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from preprocessing.errors import UserError
 from preprocessing.findings import Findings
@@ -39,6 +39,7 @@ from trainer.preview import draw_gallery
 from trainer.stages import OnStep, Progress, Stages
 
 ARCHIVE = "trained_model.tar"
+BASE = "base_model"  # in output_dir: what a family built for the job
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
             dataset = prepared(settings, accelerator, stages.progress)
         settings = counted(settings, dataset, accelerator.num_processes)
         with stages.stage("load"):
+            settings = begun_with(settings, dataset, accelerator)
             whole = methods.METHODS[settings.method].trains_base_weights
             dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
             parts = frozenset({DENOISER, TEXT, VAE})
@@ -145,6 +147,7 @@ def fill(settings: JobSettings) -> JobSettings:
         start.check(settings.init_adapter)
         suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
     family = families.family_class(source)
+    family.check_own(settings)
     family.check(settings)
     suits = {
         "resolution": family.geometry(source).resolution,
@@ -156,6 +159,15 @@ def fill(settings: JobSettings) -> JobSettings:
     if settings.captioner == "auto":
         settings = settings.model_copy(update={"captioner": suits.get("captioner", "blip")})
     return settings
+
+
+def begun_with(settings: JobSettings, dataset: PreparedDataset, accelerator: Accelerator) -> JobSettings:
+    """Settings with the base model that training begins with, which some families build for the data set."""
+    found = [settings.base_model]
+    if accelerator.is_main_process:
+        family = families.family_class(settings.base_model)
+        found = [family.begin(settings, dataset, settings.output_dir / BASE).base_model]
+    return settings.model_copy(update={"base_model": broadcast_object_list(found)[0]})
 
 
 def counted(settings: JobSettings, dataset: PreparedDataset, processes: int) -> JobSettings:

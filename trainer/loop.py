@@ -61,6 +61,7 @@ class Plan:
     on_step: Callable[[dict[str, float]], None] = lambda row: None
     beside: Callable[[Path], None] | None = None  # writes more into a checkpoint, of the weights to be delivered
     name: str = ""  # of a run that is not the job's own: trackers hear nothing of it
+    figures: Callable[[float], dict[str, float]] = lambda loss: {}  # what else a loss is told as
 
 
 class Loop:
@@ -149,7 +150,7 @@ class Loop:
         else:
             self._refuse(loss, scaler)
         rates = {f"lr/{scheduled.group.name}": scheduled.learning_rate for scheduled in self.optimisers}
-        return {"loss": loss, "grad_norm": norm, **rates}
+        return {"loss": loss, "grad_norm": norm, **self.plan.figures(loss), **rates}
 
     def _backward(self, indices: list[int]) -> float:
         """Gradients of the mean loss over the step's pictures; that mean, over all processes."""

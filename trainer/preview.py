@@ -36,6 +36,12 @@ DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
         "a woman with a dog, in the style of {trigger}",
         "a photo of a lighthouse on a cliff",
     ),
+    "captions": (
+        "a photo of a cat",
+        "a red sports car on a highway",
+        "a beautiful sunset over the ocean",
+        "a green forest with tall trees",
+    ),
 }
 
 
@@ -44,8 +50,9 @@ def prompts_of(settings: JobSettings) -> list[str]:
     chosen = settings.preview_prompts
     if chosen is None:
         usual = DEFAULT_PROMPTS[settings.mode]
-        # A base model's own prompts are about a subject.
-        own = families.recommended(settings.base_model, "draw") if settings.mode == "subject" else {}
+        # A base model's own prompts are about a subject, or about all that it can draw.
+        has_own = settings.mode in ("subject", "captions")
+        own = families.recommended(settings.base_model, "draw") if has_own else {}
         chosen = own.get("preview_prompts", usual)
     return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
 

@@ -23,6 +23,7 @@ class Picture:
     original_size: tuple[int, int]
     crop: tuple[int, int]
     conditions: tuple[Tensor, ...] = ()  # pictures uploaded beside it, [3, H, W] in [-1, 1]
+    class_label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Sample:
     """What is cached of one picture: everything of it that training reads."""
 
     mean: Tensor  # posterior of the latents, scaled as the denoiser sees them: [C, h, w], or [D] for a vector
-    std: Tensor  # as the mean
+    std: Tensor  # as the mean, or of a shape that broadcasts to it
     caption: str
     mask: Tensor | None = None  # [1, h, w]
     conditioning: Conditioning = field(default_factory=dict)  # per-sample tensors without a batch dimension
@@ -72,7 +73,7 @@ def load_pictures(dataset: PreparedDataset, flip: bool = False) -> Iterator[tupl
             pixels, mask = pixels.flip(-1), None if mask is None else mask.flip(-1)
             conditions = tuple(condition.flip(-1) for condition in conditions)
             left = item.resized_size[0] - item.size[0] - left
-        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left), conditions)
+        yield item, Picture(pixels, mask, item.original_size[::-1], (top, left), conditions, item.class_label)
 
 
 def _read(path: Path, mode: str) -> Tensor:

@@ -27,8 +27,10 @@ INSTRUCTIONS = {
     "face, hair colour, age or build.",
     "style": "Describe completely what this picture shows: every person and thing, what they do, where they are, "
     "setting and framing. Do not mention style, medium, technique, artist, colours of the rendering or mood.",
+    "captions": "Describe completely what this picture shows: every person and thing, its colours, what it does, where "
+    "it is, and the background.",
 }
-UNNAMED = {"subject": "the main subject", "face": "the person", "style": "the picture"}
+UNNAMED = {"subject": "the main subject", "face": "the person", "style": "the picture", "captions": "the picture"}
 
 
 def instruction(settings: PrepareSettings) -> str:

@@ -62,6 +62,8 @@ class Summary(BaseModel):
     diversity: float | None = None  # over seeds, as a share of the base model's
     seconds: float = 0.0  # that judging took
     share: float = 0.0  # of the job's time
+    figures: dict[str, float] = {}  # what else the delivered weights' loss is told as (bits_per_dim)
+    base_figures: dict[str, float] = {}  # and the base model's
 
     @property
     def delivered(self) -> Evaluation:
@@ -74,11 +76,21 @@ class Summary(BaseModel):
         gain = "trained_gain" if self.judged_by == SEEN else "held_out_gain"
         found = {gain: own.gain.mean, "trigger_contrast": own.trigger_contrast.mean, "drift": own.drift.mean}
         more = {"near_copies": self.near_copies, "diversity": self.diversity}
+        found |= {f"{gain.rpartition('_')[0]}_{name}": value for name, value in self.figures.items()}
         return {name: round(value, 6) for name, value in (found | more).items() if value is not None}
 
     def sentences(self) -> list[str]:
         """The summary for a person."""
-        told = [self._which(), self._gain(), self._turn(), self._trigger(), self._drift(), *self._drawn(), self._cost()]
+        told = [
+            self._which(),
+            self._gain(),
+            *self._figures(),
+            self._turn(),
+            self._trigger(),
+            self._drift(),
+            *self._drawn(),
+            self._cost(),
+        ]
         return [sentence for sentence in told if sentence]
 
     def _which(self) -> str:
@@ -105,6 +117,12 @@ class Summary(BaseModel):
             return f"{whose} are predicted about as well as by the base model: gain {gain.percent()}."
         return f"{whose} are predicted {gain.percent()} better than by the base model."
 
+    def _figures(self) -> list[str]:
+        return [
+            f"Their {name.replace('_', ' ')}: {value:.3f}; by the base model {self.base_figures[name]:.3f}."
+            for name, value in self.figures.items()
+        ]
+
     def _turn(self) -> str:
         if self.judged_by == SEEN:
             return ""
@@ -128,6 +146,8 @@ class Summary(BaseModel):
 
     def _trigger(self) -> str:
         contrast = self.delivered.trigger_contrast
+        if contrast.mean == contrast.low == contrast.high == 0:  # no caption has the trigger in it
+            return ""
         if contrast.low <= 0 <= contrast.high:
             return f"The trigger word makes no difference that could be measured: {contrast.percent()} of the loss."
         verb = "lowers" if contrast.mean > 0 else "raises"

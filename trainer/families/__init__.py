@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from trainer.families.base import Drawable, Family, Geometry
 
 TOYBOX = Path(__file__).resolve().parents[2] / "toybox"
-TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd"}
+TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd", "toybox/pixel_ar": TOYBOX / "pixel_ar"}
+UNTRAINED = {"pixel_ar": Path(__file__).parent / "pixel_ar" / "untrained"}  # configurations without weights
 INDEX = "model_index.json"
 RECOMMENDED = "training_defaults.json"
 
@@ -29,6 +30,7 @@ PIPELINES = {
     "OmniGen2Pipeline": ("trainer.families.omnigen2.family", "OmniGen2"),
     "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
     "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
+    "PixelARPipeline": ("trainer.families.pixel_ar.family", "PixelAutoregressive"),
 }
 
 
@@ -37,20 +39,27 @@ class NoCompanion(UserError):
 
 
 def resolve(source: str) -> str:
-    """A toybox model's name -> its folder; anything else as it is."""
-    return str(TOYBOX_MODELS.get(source, source))
+    """The name of a toybox model, or of one that is not trained yet, -> its folder; anything else as it is."""
+    return str((TOYBOX_MODELS | UNTRAINED).get(source, source))
+
+
+def asked_for(source: str) -> str:
+    """The name that a base model was asked for by: of one that a job built, what it was built from."""
+    path = Path(resolve(source)) / INDEX
+    return (json.loads(path.read_text(encoding="utf-8")).get("made_from") if path.is_file() else None) or source
 
 
 def _hub_file(source: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    named = sorted(TOYBOX_MODELS | UNTRAINED)
     try:
         return Path(hf_hub_download(source, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"base_model {source!r} is neither a folder nor a file here nor could its {name} be fetched from the Hub "
-            f"({type(error).__name__}): give a folder, a .safetensors file, a Hub id or one of {sorted(TOYBOX_MODELS)}."
+            f"({type(error).__name__}): give a folder, a .safetensors file, a Hub id or one of {named}."
         ) from error
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.errors import UserError
+from preprocessing.prepared import PreparedDataset
 from trainer.artifact import ADAPTER, LORA_FILE, Manifest
-from trainer.config import JobSettings
+from trainer.config import FOR_SOME, JobSettings
 from trainer.families.conditionable import Conditionable
 from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
@@ -172,6 +173,7 @@ class Family(Drawable):
     card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
     dropped_picture_share: ClassVar[float] = 1.0  # of the samples that are dropped: those with `null_picture`, too
     notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used
+    own_settings: ClassVar[tuple[str, ...]] = ()  # of those that only some have (trainer.config.FOR_SOME)
     objective: Objective
 
     @classmethod
@@ -209,6 +211,28 @@ class Family(Drawable):
         """Raise UserError for settings that this family has no use for."""
         if settings.companion_model is not None:
             raise UserError("companion_model is for a base model that is one half of two: leave it out for this one.")
+
+    @classmethod
+    def check_own(cls, settings: JobSettings) -> None:
+        """Raise UserError for a setting that only other families have."""
+        for name in FOR_SOME:
+            if name not in cls.own_settings and getattr(settings, name) != JobSettings.model_fields[name].default:
+                raise UserError(f"{name} is nothing that {settings.base_model} has: leave it out.")
+
+    @classmethod
+    def begin(cls, settings: JobSettings, dataset: PreparedDataset, folder: Path) -> JobSettings:
+        """The settings with the base model to train from, once the data set is known: the one that they name, or one
+        that a family builds for the job and writes into `folder`. Called on the first process.
+        """
+        return settings
+
+    @classmethod
+    def figures(cls, loss: float) -> dict[str, float]:
+        """What else a mean loss is told as, by name."""
+        return {}
+
+    def save_base(self, folder: Path) -> None:
+        """Write beside weights what builds the model that they fit, of a family whose base models jobs build."""
 
     @abstractmethod
     def free(self, part: str) -> None:
