@@ -10,31 +10,26 @@
     evaluation.json         how good they are (trainer.evaluation.summary.Summary)
     config.yaml, captions.jsonl, metrics.jsonl, report.html, samples/*.png
 
-An archive may come from anybody, so that every member's name, kind and size is checked before a byte is written, and
-only safetensors, JSON and the like are let in: a pickle runs code when it is read.
+An archive may come from anybody: trainer.unpack says what is let in.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import re
-import shutil
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from preprocessing.errors import UserError
+from trainer.unpack import LIMITS, Limits, Wanted, fault_of, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -69,24 +64,6 @@ HASH_TO_COME = "0x" + 64 * "0"
 HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # field -> what it begins with
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
 
-_SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}/){0,3}[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
-# .pti is cog-sdxl's name for a .safetensors file of embeddings, and is read as one
-_SUFFIXES = frozenset({".safetensors", ".pti", ".json", ".jsonl", ".yaml", ".html", ".md", ".png"})
-_PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-_LONG_HEADERS = frozenset(
-    {
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    }
-)
-_LONG_HEADER_BYTES = 64 * 1024
-_LONGEST_END = 2**20  # bytes of zeros that close a tar; the usual blocking makes them 1 to 10 KiB
-# What tarfile and gzip raise on bytes that are no archive, or not all of one.
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError, ValueError)
-
 
 class Manifest(BaseModel):
     """What an archive of weights says of itself."""
@@ -111,20 +88,6 @@ class Manifest(BaseModel):
     libraries: dict[str, str] = {}  # distribution -> version
     nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`
     started_from: dict[str, str] = {}  # what init_adapter named, and the SHA-256 of its content
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much an archive may hold."""
-
-    members: int = 2000
-    total_bytes: int = 16 * 2**30
-    other_bytes: int = 64 * 2**20  # of one member that is not .safetensors
-    ratio: int = 100  # of unpacked to packed bytes, once more than `free_bytes` come out
-    free_bytes: int = 64 * 2**20
-
-
-LIMITS = Limits()
 
 
 def library_versions() -> dict[str, str]:
@@ -277,14 +240,11 @@ def write(folder: Path, archive: Path) -> None:
         for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
             member = tarfile.TarInfo(name)  # owner, mode and time stay at their defaults: 0, 0644 and 0
             member.size = path.stat().st_size
-            fault = _name_fault(name) or _size_fault(member, LIMITS)
+            fault = fault_of(name, member, LIMITS)
             if fault:
                 raise ValueError(f"cannot pack {path}: {fault}")
             with path.open("rb") as file:
                 tar.addfile(member, file)
-
-
-Wanted = Callable[[str], bool]
 
 
 @contextmanager
@@ -303,103 +263,5 @@ def opened(archive: Path, limits: Limits = LIMITS, foreign: Wanted | None = None
     if not archive.is_file():
         raise UserError(f"{archive} does not exist; give the trained_model.tar that train.py wrote, or its folder.")
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        _unpack(archive, Path(folder), limits, foreign)
+        unpack(archive, Path(folder), MANIFEST, limits, foreign)
         yield Path(folder)
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header, refused where it would make tarfile read an endless name into memory."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _LONG_HEADERS and not 0 <= header.size <= _LONG_HEADER_BYTES:
-            # Not a tarfile.HeaderError, which tarfile takes for the end of the archive.
-            raise ValueError(f"a header of {header.size} bytes")
-        return header
-
-
-def _unpack(archive: Path, folder: Path, limits: Limits, foreign: Wanted | None) -> None:
-    with archive.open("rb") as file:
-        packed_with_gzip = file.read(2) == b"\x1f\x8b"
-    try:
-        with tarfile.open(archive, "r:gz" if packed_with_gzip else "r:", tarinfo=_Header) as tar:
-            members = _checked(tar, archive, limits, foreign)
-            for name, member in members.items():
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with tar.extractfile(member) as source, target.open("xb") as out:
-                    shutil.copyfileobj(source, out)
-    except _DAMAGE as error:
-        _refuse(archive, f"is not a whole tar or tar.gz ({error})")
-
-
-def _checked(tar: tarfile.TarFile, archive: Path, limits: Limits, foreign: Wanted | None) -> dict[str, tarfile.TarInfo]:
-    """The regular files of `tar` by name, every one of them allowed. Nothing is unpacked yet."""
-    members: dict[str, tarfile.TarInfo] = {}
-    taken: set[str] = set()  # in lower case: some file systems do not tell the cases apart
-    faults: list[str] = []
-    total, packed = 0, archive.stat().st_size
-    for count, member in enumerate(tar, start=1):
-        if count > limits.members:
-            _refuse(archive, f"holds more than {limits.members} members")
-        if member.isdir():
-            continue  # folders are made for the files in them
-        name = member.name.removeprefix("./")
-        fault = _name_fault(name) or _size_fault(member, limits)
-        if not fault and name.lower() in taken:
-            fault = "twice"
-        if fault:
-            faults.append(f"holds {member.name[:100]!r}, {fault}")
-            if foreign is None or member.size < 0:
-                _refuse(archive, faults[0])
-        else:
-            taken.add(name.lower())
-            members[name] = member
-        # Before the next header is looked for, since that unpacks this member.
-        total += member.size
-        if total > limits.total_bytes:
-            _refuse(archive, f"would unpack to more than {limits.total_bytes} bytes")
-        if total > max(limits.free_bytes, limits.ratio * packed):
-            _refuse(archive, f"would unpack to more than {limits.ratio} times its size")
-    # tarfile takes a bad header for the end, and gzip compares its checksum only where everything has been read.
-    tar.fileobj.seek(tar.offset)
-    end = tar.fileobj.read(_LONGEST_END)
-    if not tarfile.BLOCKSIZE <= len(end) < _LONGEST_END or any(end):
-        _refuse(archive, "is damaged or cut short")
-    if any(parent.as_posix().lower() in taken for name in members for parent in PurePosixPath(name).parents):
-        _refuse(archive, "holds a name both as a file and as a folder")
-    if MANIFEST in members:
-        if faults:
-            _refuse(archive, faults[0])
-        return members
-    if foreign is None:
-        _refuse(archive, f"has no {MANIFEST}")
-    members = {name: member for name, member in members.items() if foreign(name)}
-    if not members:
-        _refuse(archive, f"{faults[0]}, and no weights" if faults else "holds no weights")
-    return members
-
-
-def _name_fault(name: str) -> str | None:
-    if not _SAFE_NAME.fullmatch(name):
-        return "not a plain relative name"
-    suffix = PurePosixPath(name).suffix.lower()
-    if suffix in _PICKLES:
-        return "a pickle, which could run code and is never read"
-    if suffix not in _SUFFIXES:
-        return "which is no part of an archive of weights"
-    return None
-
-
-def _size_fault(member: tarfile.TarInfo, limits: Limits) -> str | None:
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        return "not a regular file"
-    most = limits.total_bytes if member.name.endswith(".safetensors") else limits.other_bytes
-    if not 0 <= member.size <= most:
-        return f"which has {member.size} bytes where at most {most} are allowed"
-    return None
-
-
-def _refuse(archive: Path, reason: str) -> NoReturn:
-    raise UserError(f"{archive} {reason}; give the trained_model.tar that train.py wrote, or its folder.")
