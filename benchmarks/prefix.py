@@ -28,7 +28,7 @@ SPRITE = ROOT / "toybox" / "sprites" / "robot.png"
 OMNIGEN2 = "small omnigen2"
 MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
 METHODS = ("pivotal", "lora", "prefix")
-OMNIGEN2_METHODS = ("lora", "prefix", "prefix, checkpointed")
+OMNIGEN2_METHODS = ("lora", "prefix", "lora, checkpointed", "prefix, checkpointed")
 SCORES = ("subject", "background", "position")
 FEW = 25  # steps where costs alone are asked for
 
@@ -63,7 +63,7 @@ def _mib(status: Path, field: str) -> float:
 
 
 def save_small_omnigen2(folder: Path) -> None:
-    """An OmniGen2 of 22 M parameters (denoiser 12.5 M, language model 9.5 M) with random weights: heads of 120 numbers
+    """An OmniGen2 of 54 M parameters (denoiser 29.8 M, language model 24.7 M) with random weights: heads of 120 numbers
     as the published one, a tokenizer of bytes, a VAE of 8 pixels a latent.
     """
     import torch
@@ -85,13 +85,13 @@ def save_small_omnigen2(folder: Path) -> None:
         num_attention_heads=3,
         num_kv_heads=1,
         axes_dim_rope=(40, 40, 40),
-        text_feat_dim=256,
+        text_feat_dim=384,
         timestep_scale=1000.0,
     ).save_pretrained(folder / "transformer")
-    text = {"vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 8}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 384, "intermediate_size": 2048, "num_hidden_layers": 9}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 1024}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [12, 18, 18], "rope_theta": 1e6}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 384}
     mllm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     mllm.save_pretrained(folder / "mllm")
     AutoencoderKL(
