@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from preprocessing.errors import UserError
@@ -29,6 +29,8 @@ from preprocessing.prepared import Reject
 
 CHUNK = MIB
 IGNORED_NAMES = {"__macosx", "thumbs.db", "desktop.ini"}
+# Members of a shard that its reader would unpack once more, to any size.
+PACKED_AGAIN = {".bz2", ".gz", ".lz4", ".npz", ".pth", ".xz", ".zst"}
 # What the readers of the standard library raise on damaged input.
 DAMAGE = (
     OSError,  # only some of them: see _damage_reported
@@ -136,6 +138,26 @@ def unpack(source: Path, into: Path, limits: Limits = LIMITS) -> Unpacked:
     members = {"zip": _zip_members, "tar": _tar_members, "tar.gz": _gzip_members}[_format(source)]
     with _damage_reported(source), closing(members(source)) as found:
         return _extract(source, found, into, budget)
+
+
+def check_shard(source: Path, limits: Limits = LIMITS) -> None:
+    """Raise UserError for a shard (a plain tar whose members are read one by one into memory) that is cut off or
+    damaged, or where a member's name leaves it, a member is no file, or is too large. Only headers are read.
+    """
+    with _damage_reported(source), closing(_tar_members(source)) as members:
+        for member in members:
+            name = _checked_name(source, member.name)
+            packed = "packed by itself" if PurePosixPath(name).suffix.lower() in PACKED_AGAIN else None
+            _refuse_faulty(source, name, member.fault or packed)
+            if member.size > limits.streamed_bytes:
+                raise UserError(
+                    f"{source}: {name[:80]!r} has more than the limit of {limits.streamed_bytes // MIB:,} MiB: leave it out."
+                )
+
+
+def _refuse_faulty(source: Path, name: str, fault: str | None) -> None:
+    if fault:
+        raise UserError(f"{source}: {name[:80]!r} is {fault}, which is refused: pack plain picture files.")
 
 
 def _format(source: Path) -> str:
@@ -247,8 +269,7 @@ def _extract(source: Path, members: Iterator[_Member], into: Path, budget: _Budg
     rejects, ignored = [], []
     for number, member in enumerate(members):
         name = _checked_name(source, member.name)
-        if member.fault:
-            raise UserError(f"{source}: {name[:80]!r} is {member.fault}, which is refused: pack plain picture files.")
+        _refuse_faulty(source, name, member.fault)
         budget.take(member.size)
         if member.is_folder or not name:
             continue

@@ -1,7 +1,7 @@
 """The user's own captions, wherever they wrote them. Their words are never changed.
 
 Where several give one picture a caption, the first of this order counts and the others are listed as left out:
-1. `x.txt` (or `x.png.txt`) beside `x.png`;
+1. `x.txt` (or `x.png.txt`) beside `x.png`, then `x.json`, whose caption, text or prompt it is (a WebDataset's);
 2. `captions.csv`, or any `*caption*.csv`, with the columns caption and image_file; `captions.jsonl`, which a job
    delivers, with file_name and text;
 3. `metadata.jsonl` and `metadata.csv` with file_name and text, the ImageFolder layout; and instructions, any `.jsonl`
@@ -21,7 +21,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -30,10 +30,14 @@ from preprocessing.errors import UserError
 from preprocessing.limits import LIMITS, MIB, Limits
 from preprocessing.prepared import Aside, Reject
 
-TEXT_SUFFIXES = {".txt", ".csv", ".jsonl"}
+TEXT_SUFFIXES = {".txt", ".json", ".csv", ".jsonl"}
 PICTURE_COLUMNS = ("image_file", "file_name", "output_image")
 CAPTION_COLUMNS = ("caption", "text", "instruction")
 SHOWN_COLUMN = "input_images"
+OF_OBJECT = ("caption", "text", "prompt", "txt")  # in an object of its own: a WebDataset's .json or a column
+BESIDE, TABLES = (0, 1), (2, 3)  # in the order of precedence
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+HALVED = "holds half of a surrogate pair (\\ud800 to \\udfff): write the whole character."
 REPEATS_COLUMN, MOST_REPEATS = "repeats", 1000
 
 
@@ -147,9 +151,9 @@ def read_captions(files: Iterable[SourceFile], limits: Limits = LIMITS) -> UserC
         (texts if PurePosixPath(file.name).suffix.casefold() in TEXT_SUFFIXES else pictures).append(file)
     desk = _Desk({file.name for file in pictures})
     for kind, file in sorted(((_precedence(file), file) for file in texts), key=lambda pair: pair[0]):
-        if kind == 0:
+        if kind in BESIDE:
             _take_text(desk, file, limits)
-        elif kind in (1, 2):
+        elif kind in TABLES:
             _take_table(desk, file, limits)
         else:
             desk.reject(
@@ -170,9 +174,11 @@ def _precedence(file: SourceFile) -> int:
     base = PurePosixPath(file.name).name.casefold()
     if base.endswith(".txt"):
         return 0
-    if "caption" in base and base.endswith((".csv", ".jsonl")):
+    if base.endswith(".json"):
         return 1
-    return 2 if base in ("metadata.jsonl", "metadata.csv") or _holds_instructions(file) else 3
+    if "caption" in base and base.endswith((".csv", ".jsonl")):
+        return 2
+    return 3 if base in ("metadata.jsonl", "metadata.csv") or _holds_instructions(file) else 4
 
 
 def _holds_instructions(file: SourceFile) -> bool:
@@ -193,10 +199,39 @@ def _take_text(desk: _Desk, file: SourceFile, limits: Limits) -> None:
     if not pictures:
         desk.reject(file.name, "a text without a picture of the same name beside it")
         return
-    text = _read_text(file, limits.caption_bytes)
+    is_object = file.name.casefold().endswith(".json")
+    text = _text_of_object(file, limits) if is_object else _read_text(file, limits.caption_bytes)
+    if text is None:
+        desk.asides.append(Aside(source=file.name, use=f"beside {', '.join(pictures)}: tells no caption"))
+        return
     for picture in pictures:
         desk.take(picture, UserCaption(text, file.name))
     desk.asides.append(Aside(source=file.name, use=f"caption of {', '.join(pictures)}"))
+
+
+def _text_of_object(file: SourceFile, limits: Limits) -> str | None:
+    """The caption that the JSON object in a file tells; None where it tells none."""
+    try:
+        found = caption_in(json.loads(_read_text(file, limits.table_bytes)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.name} is not JSON: mend it or leave it out.") from error
+    if found is not None:
+        _check_caption(file.name, found, limits)
+    return found
+
+
+def caption_in(value: object) -> str | None:
+    """The caption in a column or in JSON: text, or what an object calls so."""
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in OF_OBJECT if isinstance(value.get(name), str)), None)
+    return value if isinstance(value, str) else None
+
+
+def _check_caption(place: str, caption: str, limits: Limits) -> None:
+    if HALF_CHARACTER.search(caption):
+        raise UserError(f"{place} {HALVED}")
+    if len(caption.encode()) > limits.caption_bytes:
+        raise UserError(f"{place} has a caption of more than {limits.caption_bytes:,} bytes: shorten it.")
 
 
 def _take_table(desk: _Desk, file: SourceFile, limits: Limits) -> None:
@@ -204,8 +239,8 @@ def _take_table(desk: _Desk, file: SourceFile, limits: Limits) -> None:
     rows = _csv_rows(file.name, text) if file.name.casefold().endswith(".csv") else _json_rows(file.name, text)
     for row in rows:
         place, caption = row.place, row.caption
-        if caption is not None and len(caption.encode()) > limits.caption_bytes:
-            raise UserError(f"{place} has a caption of more than {limits.caption_bytes:,} bytes: shorten it.")
+        if caption is not None:
+            _check_caption(place, caption, limits)
         pictures = desk.named(row.reference, file.name)
         if len(pictures) != 1:
             what = "there is no such picture" if not pictures else "several pictures are called so: name the folder too"
@@ -287,8 +322,8 @@ def _json_rows(name: str, text: str) -> Iterator[_Row]:
         caption = row[_columns(place, columns, CAPTION_COLUMNS)]
         if not isinstance(picture, str) or not isinstance(caption, str | None):
             raise UserError(f"{place}: the picture's name and the caption must be text in quotation marks.")
-        if re.search("[\ud800-\udfff]", picture + (caption or "")):
-            raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff): write the whole character.")
+        if HALF_CHARACTER.search(picture):
+            raise UserError(f"{place} {HALVED}")
         shown = row.get(columns.get(SHOWN_COLUMN)) or []
         if not isinstance(shown, list) or not all(isinstance(one, str) for one in shown):
             raise UserError(f"{place}: {SHOWN_COLUMN} must be a list of names of pictures.")

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from preprocessing import masks, quality
+from preprocessing import masks, pairs, quality
 from preprocessing.buckets import RATIO, Box, Fit, buckets, fit, is_enlarged, nearest, shown_size, smaller
 from preprocessing.pictures import Picture, UnreadablePicture, decode
 from preprocessing.prepared import Reject
@@ -40,15 +40,17 @@ SUFFIXES = {
 @dataclass(frozen=True)
 class Task:
     """A picture of the upload: its name, its bytes or where they lie, the user's mask, one that was found, the user's
-    conditions, and the pictures that its caption speaks of.
+    conditions, and the pictures that its caption speaks of. Of a picture that is two side by side (see `pairs`), `half`
+    is meant, and the other half is its condition.
     """
 
     name: str
     content: Path | bytes
     mask: Path | None = None
     found_mask: Path | None = None
-    conditions: tuple[Path, ...] = ()
+    conditions: tuple[Path | bytes, ...] = ()
     references: tuple[Path, ...] = ()
+    half: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def key_of(task: Task, place: Place) -> str:
         digest.update(_content_hash(content) if content is not None else bytes(32))
     for path in task.references:
         digest.update(b"reference" + _content_hash(path))
+    digest.update((task.half or "").encode())
     return digest.hexdigest()[:NAME_LENGTH]
 
 
@@ -193,12 +196,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _cropped(task: Task, place: Place, key: str) -> Cropped:
-    picture = decode(task.content)
+    picture, other = opened(task)
     mask, notes = _mask(task, picture, place)
     notes = [*_name_note(task.name, picture), *picture.notes, *notes]
     box = masks.box_of(mask) if mask is not None and place.crops_to_mask else None
     fits = _fits(picture.rgb.size, place, box)
-    conditions = [_condition(path, picture.rgb.size) for path in task.conditions]
+    conditions = [_condition(content, picture.rgb.size) for content in task.conditions]
+    conditions += [other] if other else []
     references = [_opened(path, "input image") for path in task.references]
     crops = [_written(picture, (mask, conditions, references), fitted, (key, place)) for fitted in fits]
     notes += _size_notes(fits[0], place)
@@ -211,6 +215,12 @@ def _cropped(task: Task, place: Place, key: str) -> Cropped:
         perceptual_hash=f"{quality.perceptual_hash(shown):016x}",
         blur=quality.blur(shown),
     )
+
+
+def opened(task: Task) -> tuple[Picture, Image.Image | None]:
+    """The task's picture, and the one beside it where it is one of two. Raises UnreadablePicture."""
+    picture = decode(task.content)
+    return (picture, None) if task.half is None else pairs.parted(picture, task.half)
 
 
 def _name_note(name: str, picture: Picture) -> list[str]:
@@ -291,18 +301,18 @@ def pending_path(crop: Crop, place: Place) -> Path:
     return place.folder / WORK / f"{Path(crop.image).stem}.small.png"
 
 
-def _condition(path: Path, size: tuple[int, int]) -> Image.Image:
+def _condition(content: Path | bytes, size: tuple[int, int]) -> Image.Image:
     """A condition of a picture of `size`: of that size where it has the picture's shape, else a picture by itself."""
-    condition = _opened(path, "condition")
+    condition = _opened(content, "condition")
     if abs(condition.width * size[1] / (condition.height * size[0]) - 1) > masks.RATIO_SLACK:
         return condition
     return condition if condition.size == size else condition.resize(size, Image.Resampling.LANCZOS)
 
 
-def _opened(path: Path, what: str) -> Image.Image:
+def _opened(content: Path | bytes, what: str) -> Image.Image:
     """A picture that belongs to another one, as its `what`."""
     try:
-        return decode(path).rgb
+        return decode(content).rgb
     except UnreadablePicture as error:
         raise UnreadablePicture(f"its {what} is {error}") from error
 

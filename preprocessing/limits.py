@@ -13,6 +13,7 @@ class Limits:
 
     members: int = 20_000  # files and folders
     total_bytes: int = 20 * 1024 * MIB  # unpacked
+    streamed_bytes: int = 1024 * MIB  # of one file in a shard, which is read into memory
     ratio: float = 100.0  # unpacked bytes to packed bytes ...
     ratio_free_bytes: int = 128 * MIB  # ... once this much is unpacked: a plain-coloured BMP shrinks 1000 times too
     pixels: int = 89_478_485  # of one picture; the size from which Pillow warns too

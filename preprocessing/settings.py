@@ -27,6 +27,14 @@ class PrepareSettings(BaseModel):
     dataset_split: str = Field("train", description="Split of a data set.")
     image_column: str | None = Field(None, description="Column of a data set's pictures; None: the only one with some.")
     caption_column: str | None = Field(None, description="Column of its captions; None: caption, text, prompt or txt.")
+    condition_columns: tuple[str, ...] | None = Field(
+        None, description="Columns of its condition pictures, in order; None: condition, condition.1, ..."
+    )
+    dataset_layout: Literal["auto", "single", "pairs"] = Field(
+        "auto",
+        description="pairs: as Subjects200K, two pictures of a subject side by side; each is drawn from the other. "
+        "auto: that where its columns are.",
+    )
     max_pictures: int | None = Field(None, ge=1, description="Take no more than so many from a data set.")
     mode: Mode = Field("subject", description="What is taught; decides wordings, masks, flips and preview prompts.")
     trigger_word: str = Field("TOK", min_length=1, pattern=r"^\S+$", description="Word that calls the subject.")

@@ -7,14 +7,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from preprocessing.captions import UserCaption
+from preprocessing import pairs
+from preprocessing.archive import check_shard
+from preprocessing.captions import OF_OBJECT, UserCaption, caption_in
 from preprocessing.crop import Task
 from preprocessing.errors import UserError
-from preprocessing.pairs import PHOTO, SOURCES, Share, open_pairs, said
+from preprocessing.prepared import Reject
+from preprocessing.published import PHOTO, SOURCES, Share, open_published, said
 from preprocessing.settings import PrepareSettings
 from preprocessing.upload import Upload
 
@@ -22,9 +27,21 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 SHARDS = {".parquet", ".tar"}
-CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
 CLASS_COLUMNS = ("fine_label", "label")  # of names of classes, where nothing else is a caption
 OF_JSON = "json"  # the column of a WebDataset's .json files
+# condition.png and condition.1.png beside a WebDataset's png, or columns called condition and condition_1
+CONDITION = re.compile(r"condition(?:[._](\d{1,2}))?(?:\.[a-z0-9]+)?", re.IGNORECASE)
+READERS = {".parquet": "parquet", ".tar": "webdataset"}  # of a single file
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; `pairs` where a picture is two side by side, and tells its captions itself."""
+
+    image: str
+    caption: str | None = None
+    conditions: tuple[str, ...] = ()
+    pairs: bool = False
 
 
 def is_dataset(settings: PrepareSettings) -> bool:
@@ -43,15 +60,23 @@ def is_dataset(settings: PrepareSettings) -> bool:
 def open_dataset(settings: PrepareSettings, share: Share) -> Upload:
     """This node's share of the data set; its pictures are read as the tasks are, and their captions with them.
 
-    Raises UserError where there is no such data set, split or column.
+    Raises UserError where there is no such data set, split or column, or a local shard is refused.
     """
     if settings.source in SOURCES:
-        return open_pairs(settings, share)
+        return open_published(settings, share)
+    for shard in _local_shards(settings.input_images):
+        check_shard(shard)
     records = _load(settings)
-    image, caption = _columns(records, settings)
+    columns = _columns(records, settings)
     upload = Upload(tasks=(), count=None)
-    upload.tasks = _tasks(_shared_out(_undecoded(records), share), (image, caption), upload, settings)
+    tasks = _tasks(_shared_out(_undecoded(records), share), columns, upload, settings)
+    upload.tasks = itertools.islice(tasks, settings.max_pictures)
     return upload
+
+
+def _local_shards(source: Path) -> list[Path]:
+    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
+    return [file for file in files if file.suffix.lower() == ".tar" and file.is_file()]
 
 
 def identity(settings: PrepareSettings) -> str:
@@ -85,7 +110,7 @@ def _load(settings: PrepareSettings) -> IterableDataset:
     disable_progress_bar()
     arguments: dict[str, Any] = {"path": str(path), "split": settings.dataset_split, "streaming": True}
     if path.is_file():
-        arguments |= {"path": "parquet", "data_files": [str(path)]}
+        arguments |= {"path": READERS.get(path.suffix.lower(), "parquet"), "data_files": [str(path)]}
     try:
         return load_dataset(**arguments)
     except (DatasetsError, OSError, ValueError) as error:
@@ -95,23 +120,38 @@ def _load(settings: PrepareSettings) -> IterableDataset:
         ) from error
 
 
-def _columns(records: IterableDataset, settings: PrepareSettings) -> tuple[str, str | None]:
-    """The columns of the pictures and of the captions, by the settings or by what they are."""
+def _columns(records: IterableDataset, settings: PrepareSettings) -> Columns:
+    """The columns of pictures, captions and conditions, by the settings or by what they are."""
     from datasets import ClassLabel, Image
 
     features = records.features or {}
-    found = ", ".join(features) or "none"
-    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
+    found = (", ".join(features) or "none")[:200]
+    conditions = settings.condition_columns
+    if conditions is None:
+        numbered = {name: CONDITION.fullmatch(name) for name, kind in features.items() if isinstance(kind, Image)}
+        conditions = tuple(sorted((n for n, hit in numbered.items() if hit), key=lambda n: int(numbered[n][1] or 0)))
+    elif missing := [name for name in conditions if name not in features]:
+        raise UserError(f"condition_columns: the data set has the columns {found}, not {missing[0]!r}.")
+    pictures = [name for name, kind in features.items() if isinstance(kind, Image) and name not in conditions]
     image = settings.image_column or (pictures[0] if len(pictures) == 1 else None)
     if image is None or image not in features:
-        raise UserError(f"image_column: the data set has the columns {found[:200]}: name the one of the pictures.")
+        raise UserError(f"image_column: the data set has the columns {found}: name the one of the pictures.")
+    of_pairs = pairs.is_of_pairs(features)
+    if settings.dataset_layout == "pairs" and not of_pairs:
+        raise UserError(
+            f"dataset_layout pairs: the data set has the columns {found}, and {pairs.QUALITY} and {pairs.DESCRIPTION} "
+            "are wanted: leave it out."
+        )
+    if of_pairs and settings.dataset_layout != "single":
+        return Columns(image, pairs=True)
     caption = settings.caption_column
-    if caption is not None:
-        if caption not in features:
-            raise UserError(f"caption_column: the data set has the columns {found[:200]}, not {caption!r}.")
-        return image, caption
-    told = next((name for name in (*CAPTION_COLUMNS, OF_JSON) if name in features), None)
-    return image, told or next((name for name in CLASS_COLUMNS if isinstance(features.get(name), ClassLabel)), None)
+    if caption is not None and caption not in features:
+        raise UserError(f"caption_column: the data set has the columns {found}, not {caption!r}.")
+    if caption is None:
+        caption = next((name for name in (*OF_OBJECT, OF_JSON) if name in features), None)
+    if caption is None:
+        caption = next((name for name in CLASS_COLUMNS if isinstance(features.get(name), ClassLabel)), None)
+    return Columns(image, caption, conditions)
 
 
 def _undecoded(records: IterableDataset) -> IterableDataset:
@@ -131,25 +171,47 @@ def _shared_out(records: IterableDataset, share: Share) -> IterableDataset:
     return split_dataset_by_node(records, rank, nodes) if nodes > 1 else records
 
 
-def _tasks(
-    records: IterableDataset, columns: tuple[str, str | None], upload: Upload, settings: PrepareSettings
-) -> Iterator[Task]:
-    image, caption = columns
-    names = getattr((records.features or {}).get(caption), "names", None)  # of classes, which are numbers in records
-    for number, record in enumerate(_sound(itertools.islice(records, settings.max_pictures), settings)):
-        value = record[image]
-        content: Path | bytes = b""
-        if isinstance(value, bytes):
-            content = value
-        elif isinstance(value, Mapping):
-            content = value["bytes"] or (Path(value["path"]) if value.get("path") else b"")
-        name = _name(record, value, number)
-        text = _caption(record.get(caption)) if caption else None
-        if names and isinstance(label := record.get(caption), int) and 0 <= label < len(names):
+def _tasks(records: IterableDataset, columns: Columns, upload: Upload, settings: PrepareSettings) -> Iterator[Task]:
+    names = getattr((records.features or {}).get(columns.caption), "names", None)  # of classes: numbers in records
+    for number, record in enumerate(_sound(records, settings)):
+        value = record[columns.image]
+        name, content = _name(record, value, number), _content(value, settings.input_images)
+        if columns.pairs:
+            yield from _both(record, name, content, upload)
+            continue
+        text = caption_in(record.get(columns.caption)) if columns.caption else None
+        if names and isinstance(label := record.get(columns.caption), int) and 0 <= label < len(names):
             upload.classes[name], text = label, PHOTO.format(said(names[label]))
         if text is not None:
-            upload.captions[name] = UserCaption(text, caption)
-        yield Task(name, content)
+            upload.captions[name] = UserCaption(text, columns.caption)
+        shown = (record[column] for column in columns.conditions)
+        conditions = tuple(_content(one, settings.input_images) for one in shown if one is not None)
+        yield Task(name, content, conditions=conditions)
+
+
+def _both(record: Mapping[str, Any], name: str, content: Path | bytes, upload: Upload) -> Iterator[Task]:
+    """The two pictures of a record, each with the other as its condition; none where its scores are too low."""
+    if fault := pairs.fault_of(record):
+        upload.rejects.append(Reject(source=name, reason=fault))
+        return
+    for half in pairs.HALVES:
+        own = pairs.name_of(name, half)
+        if (text := pairs.description_of(record, half)) is not None:
+            upload.captions[own] = UserCaption(text, pairs.DESCRIPTION)
+        yield Task(own, content, half=half)
+
+
+def _content(value: Any, source: Path) -> Path | bytes:
+    """A picture's bytes, or where it lies: inside a local data set alone, for a table may name any file."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, Mapping):
+        return b""
+    if value.get("bytes") or not value.get("path"):
+        return value.get("bytes") or b""
+    path = Path(value["path"])
+    folder = (source if source.is_dir() else source.parent).resolve()
+    return path if not source.exists() or path.resolve().is_relative_to(folder) else b""
 
 
 def _sound(records: Iterator[dict], settings: PrepareSettings) -> Iterator[dict]:
@@ -174,10 +236,3 @@ def _name(record: Mapping[str, Any], value: Any, number: int) -> str:
     if "__key__" in record:
         return f"{PurePosixPath(record['__url__']).name}/{record['__key__']}{path.suffix}"
     return f"{number:08d}-{path.name}" if path.name else f"{number:08d}"
-
-
-def _caption(value: Any) -> str | None:
-    """The caption in a column: text, or what a WebDataset's .json calls so."""
-    if isinstance(value, Mapping):
-        value = next((value[name] for name in CAPTION_COLUMNS if isinstance(value.get(name), str)), None)
-    return value if isinstance(value, str) else None

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from preprocessing.captioners.base import device
-from preprocessing.crop import Place, Task, is_finished, save
+from preprocessing.crop import Place, Task, is_finished, opened, save
 from preprocessing.models import loaded
-from preprocessing.pictures import UnreadablePicture, decode
+from preprocessing.pictures import UnreadablePicture
 from preprocessing.settings import PrepareSettings
 
 MODEL = "CIDAS/clipseg-rd64-refined"
@@ -106,7 +106,7 @@ def _settled(task: Task, place: Place) -> bool:
 def _seen(task: Task) -> Image.Image | None:
     """The whole picture, small; None where it cannot be read, which is told when it is cropped."""
     try:
-        picture = decode(task.content).rgb
+        picture = opened(task)[0].rgb
     except UnreadablePicture:
         return None
     picture.thumbnail((SEEN, SEEN), Image.Resampling.BILINEAR)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from preprocessing.pairs import record_of
 from preprocessing.prepared import PreparedDataset
 from preprocessing.quality import near_duplicates
 from trainer.config import JobSettings
@@ -29,7 +30,8 @@ class Split:
 def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
     """The split that the settings ask for, the same for the same pictures, settings and seed.
 
-    Crops of one picture and near-duplicates stay together, for a picture whose like is trained on is not unseen.
+    Crops of one picture, the two of a pair and near-duplicates stay together, for a picture whose like is trained on is
+    not unseen.
     """
     groups = _groups(dataset)
     order = torch.randperm(len(groups), generator=generator(settings.seed, "split")).tolist()
@@ -49,7 +51,7 @@ def _groups(dataset: PreparedDataset) -> list[list[int]]:
     """Indices of items that must not be parted, in order of their first."""
     places: dict[str, list[int]] = {}
     for index, item in enumerate(dataset.items):
-        places.setdefault(item.source, []).append(index)
+        places.setdefault(record_of(item.source), []).append(index)
     # the hash of a picture of one colour says nothing
     told = [name for name, indices in places.items() if dataset.items[indices[0]].blur is not None]
     hashes = [int(dataset.items[places[name][0]].perceptual_hash or "0", 16) for name in told]
