@@ -149,7 +149,7 @@ class Loop:
         else:
             self._refuse(loss, scaler)
         rates = {f"lr/{scheduled.group.name}": scheduled.learning_rate for scheduled in self.optimisers}
-        return {"loss": loss, "grad_norm": norm, **rates}
+        return {"loss": loss, "grad_norm": norm, **rates, **self.plan.method.figures()}
 
     def _backward(self, indices: list[int]) -> float:
         """Gradients of the mean loss over the step's pictures; that mean, over all processes."""
