@@ -30,7 +30,7 @@ MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
 METHODS = ("pivotal", "lora", "prefix")
 OMNIGEN2_METHODS = ("lora", "prefix", "lora, checkpointed", "prefix, checkpointed")
 SCORES = ("subject", "background", "position")
-FEW = 25  # steps where costs alone are asked for
+FEW = 12  # steps where costs alone are asked for
 
 
 class Watch(Clock):

@@ -30,7 +30,7 @@ from trainer.evaluation.split import Split, split
 from trainer.evaluation.summary import FOLDS, HELD_OUT, SEEN, Measured, Summary, curve
 from trainer.families.base import TEXT, VAE, Family
 from trainer.loop import Loop, Plan
-from trainer.methods.base import Method
+from trainer.methods.base import Method, ParameterGroup
 from trainer.preview import Gallery
 from trainer.stages import Stages
 from trainer.step import BatchMaker, TrainStep
@@ -248,7 +248,16 @@ def planned(
         beside=_writer(parts, settings) if settings.save_diffusers else None,
         figures=family.figures,
     )
+    if accelerator.is_main_process:
+        _tell_parameters(groups)
     return plan, cached, findings
+
+
+def _tell_parameters(groups: Sequence[ParameterGroup]) -> None:
+    """Say in the terminal what is trained."""
+    counts = {group.name: sum(p.numel() for p in group.parameters) for group in groups}
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"trained parameters: {sum(counts.values()):,} ({parts})", file=sys.stderr)
 
 
 def _writer(parts: Loaded, settings: JobSettings) -> Callable[[Path], None]:

@@ -150,7 +150,8 @@ class Loop:
         else:
             self._refuse(loss, scaler)
         rates = {f"lr/{scheduled.group.name}": scheduled.learning_rate for scheduled in self.optimisers}
-        return {"loss": loss, "grad_norm": norm, **self.plan.figures(loss), **rates}
+        figures = self.plan.figures(loss) | self.plan.method.figures()
+        return {"loss": loss, "grad_norm": norm, **figures, **rates}
 
     def _backward(self, indices: list[int]) -> float:
         """Gradients of the mean loss over the step's pictures; that mean, over all processes."""

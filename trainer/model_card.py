@@ -85,7 +85,7 @@ def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
         f"# {manifest.trigger_word}",
         _what(manifest),
         _pictures(previews),
-        f"## In diffusers\n\n{_diffusers(manifest, place)}",
+        f"## In {families.family_class(manifest.base_model).card_program}\n\n{_diffusers(manifest, place)}",
         _comfyui(manifest, place),
         _atelier(manifest, place),
         _table("Scores", {name: f"{value:.4g}" for name, value in manifest.scores.items()}),

@@ -67,6 +67,8 @@ def test_a_job_ends_in_weights_that_draw_otherwise_and_leave_nothing_behind(meth
     assert (out / "report.html").is_file()
     judged = json.loads((out / "weights" / "last" / "manifest.json").read_text(encoding="utf-8"))
     assert judged["family"] == "omnigen2" and judged["method"] == method
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "## In Python, with Atelier" in card and "DiffusionPipeline" not in card
     generator = Generator(str(tiny_omnigen2), "cpu")
     base = drawn(generator)
     generator.use(out / "trained_model.tar")
@@ -83,7 +85,7 @@ def test_a_job_ends_in_weights_that_draw_otherwise_and_leave_nothing_behind(meth
     assert (drawn(generator) == base).all()
 
 
-def test_the_same_seed_gives_the_same_prefix_which_predicts_better_than_none(trained):
+def test_the_same_seed_gives_the_same_prefix_which_predicts_better_than_none(trained, capsys):
     first, second = (trained("prefix", max_train_steps=8, caption_dropout=0.0) for _ in range(2))
     tensors = [artifact.load_tensors(out / "weights" / "last" / artifact.PREFIX)[0] for out in (first, second)]
     assert tensors[0].keys() == {"mllm.prompt_embeddings"}
@@ -91,6 +93,8 @@ def test_the_same_seed_gives_the_same_prefix_which_predicts_better_than_none(tra
     with artifact.opened(first / "trained_model.tar") as folder:
         summary = Summary.model_validate_json((folder / artifact.EVALUATION).read_text(encoding="utf-8"))
     assert summary.curve[-1].gain.mean > summary.curve[0].gain.mean
+    moved = [row["prefix/moved"] for row in read_metrics(first / METRICS_FILE)]
+    assert 0 < moved[0] < moved[-1] and "trained parameters: 96 (prefix 96)" in capsys.readouterr().err
 
 
 def test_a_full_fine_tune_is_left_in_the_published_layout(trained, tiny_omnigen2):

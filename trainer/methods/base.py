@@ -77,6 +77,10 @@ class Method(ABC):
         """A term that is added to the loss."""
         return 0.0
 
+    def figures(self) -> dict[str, float]:
+        """What is told of the trainable parameters after each step, in metrics.jsonl and to the trackers."""
+        return {}
+
     def words(self, captions: list[str]) -> list[str]:
         """Captions as the text encoders should read them."""
         return captions

@@ -37,6 +37,7 @@ class Prefix(Method):
         super().__init__(settings)
         self.changes_null = settings.prefix_on_negative
         self._prefixes: list[SoftPrefix] = []
+        self._first: list[Tensor] = []  # the vectors before training
         self._start: Path | None = None
 
     def begin_from(self, folder: Path) -> None:
@@ -51,6 +52,7 @@ class Prefix(Method):
             else:
                 rows = _fitting(stored, tower)
             self._prefixes.append(SoftPrefix(tower, rows, settings.prefix_dropout))
+        self._first = [prefix.rows.detach().clone() for prefix in self._prefixes]
         # no decay: it would pull the vectors to zero, away from the vocabulary that they stand beside
         parameters = [prefix.rows for prefix in self._prefixes]
         return [ParameterGroup(PREFIX, parameters, settings.optimizer, settings.learning_rate)]
@@ -59,6 +61,13 @@ class Prefix(Method):
         settings = self.settings
         warmup = settings.lr_warmup_steps / settings.max_train_steps
         return {PREFIX: weights_factor(settings.lr_schedule, progress, warmup)}
+
+    def figures(self) -> dict[str, float]:
+        """The vectors' mean length, and how far they have come from where they began."""
+        rows = [prefix.rows.detach() for prefix in self._prefixes]
+        moved = [now - before.to(now.device) for now, before in zip(rows, self._first, strict=True)]
+        found = {"prefix/length": rows, "prefix/moved": moved}
+        return {name: sum(one.norm(dim=1).mean().item() for one in parts) / len(parts) for name, parts in found.items()}
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
@@ -92,7 +101,7 @@ class Prefix(Method):
     def detach(self, family: Drawable) -> None:
         for prefix in self._prefixes:
             prefix.remove()
-        self._prefixes = []
+        self._prefixes, self._first = [], []
 
     def set_strength(self, family: Drawable, strength: float) -> None:
         for prefix in self._prefixes:
