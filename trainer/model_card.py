@@ -72,13 +72,14 @@ def write(path: Path, manifest: Manifest, previews: list[Preview], place: Place)
 
 def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     """The whole card."""
+    in_diffusers = families.family_class(manifest.base_model).in_diffusers
     header = yaml.safe_dump(_header(manifest, previews, place), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{header}---",
-        f"# {manifest.trigger_word}",
+        f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.trigger_word}",
         _what(manifest),
         _pictures(previews),
-        f"## In diffusers\n\n{_diffusers(manifest, place)}",
+        f"## In diffusers\n\n{_diffusers(manifest, place)}" if in_diffusers else "",
         _comfyui(manifest, place),
         _atelier(manifest, place),
         _table("Scores", {name: f"{value:.4g}" for name, value in manifest.scores.items()}),
@@ -92,13 +93,14 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
-    tags = ["text-to-image", "diffusers", kind, *(["template:sd-lora"] if manifest.nets else []), *family.card_tags]
+    library = ["diffusers"] if family.in_diffusers else []
+    tags = ["text-to-image", *library, kind, *(["template:sd-lora"] if manifest.nets else []), *family.card_tags]
     header |= {
         "license": manifest.base_license or "unknown",
-        "library_name": "diffusers",
+        **({"library_name": "diffusers"} if library else {}),
         "pipeline_tag": "text-to-image",
         "tags": tags,
-        "instance_prompt": manifest.trigger_word,
+        **({} if _has_no_trigger(manifest) else {"instance_prompt": manifest.trigger_word}),
         "widget": [{"text": one.prompt, "output": {"url": f"samples/{one.adapted.name}"}} for one in previews],
     }
     return header | family.card_header(manifest, place)
@@ -117,8 +119,13 @@ def _what(manifest: Manifest) -> str:
     return (
         f"{what}{dora} for {base_name(manifest)}, trained for {manifest.step} steps"
         + (f" from {Path(start).name}" if start else "")
-        + f". The trigger word is **{manifest.trigger_word}**{subject}."
+        + ("." if _has_no_trigger(manifest) else f". The trigger word is **{manifest.trigger_word}**{subject}.")
     )
+
+
+def _has_no_trigger(manifest: Manifest) -> bool:
+    """Whether captions alone say what is drawn."""
+    return manifest.settings.get("mode") == "captions"
 
 
 def base_name(manifest: Manifest) -> str:
@@ -178,10 +185,8 @@ def _comfyui(manifest: Manifest, place: Place) -> str:
 
 def _atelier(manifest: Manifest, place: Place) -> str:
     weights = place.repository or "trained_model.tar"
-    return (
-        "## In Atelier\n\n"
-        f'```\npython predict.py --weights {weights} --prompt "a photo of {manifest.trigger_word}"\n```'
-    )
+    subject = "a cat" if _has_no_trigger(manifest) else manifest.trigger_word
+    return f'## In Atelier\n\n```\npython predict.py --weights {weights} --prompt "a photo of {subject}"\n```'
 
 
 def _settings(manifest: Manifest) -> dict[str, str]:
