@@ -33,7 +33,7 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
 def test_the_base_model_is_small_and_in_fp16():
     assert sum(file.stat().st_size for file in SD.rglob("*") if file.is_file()) <= 16 * MB
     weights = sorted(TOYBOX.rglob("*.safetensors"))
-    assert [file.parent.name for file in weights] == ["captioner", "text_encoder", "unet", "vae"]
+    assert [file.parent.name for file in weights] == ["captioner", "model", "text_encoder", "unet", "vae"]
     for file in weights:
         with safe_open(file, "pt") as tensors:
             kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
@@ -106,3 +106,26 @@ def test_the_base_model_draws_what_it_is_asked_for(pictures):
     goal = 0.9 if pictures == 200 else 0.85
     scores = {name: share for name, share in table["all"].items() if name != "pictures"}
     assert min(scores.values()) >= goal, table
+
+
+@pytest.fixture(scope="module")
+def autoregressive():
+    return Generator("toybox/pixel_ar", "cpu")
+
+
+def test_the_autoregressive_model_is_small_and_predicts_unseen_pictures(autoregressive):
+    folder = TOYBOX / "pixel_ar"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 8 * MB
+    scenes = scenes_of(70_001, 24)
+    values = to_tensor([small(scene) for scene in scenes])
+    family = autoregressive.family
+    with torch.no_grad():
+        bits = {
+            name: float(bits_per_dim(family.module("model").nats(values, family.encode_text(captions)["ids"]).mean()))
+            for name, captions in (("own", [caption(one) for one in scenes]), ("none", [""] * 24))
+        }
+    assert bits["own"] < MOST_BITS and bits["own"] < bits["none"]
+
+
+def test_the_autoregressive_model_draws_what_is_asked_for(autoregressive):
+    assert score_base(drawing_with(autoregressive), 24)["all"]["colour"] > 0.5
