@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from preprocessing.prepared import CAPTIONS, PreparedDataset
-from trainer import artifact, families, hub, methods, model_card, ui_files
+from trainer import artifact, families, foreign, hub, methods, model_card, ui_files
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.evaluation.summary import Summary
@@ -98,7 +98,7 @@ def save_diffusers(folder: Path, target: Path) -> None:
                 shutil.copyfile(folder / file, target / name)
         return
     family = families.load(
-        settings.base_model, frozenset({DENOISER, TEXT, VAE}), torch.float32, settings.companion_model
+        foreign.base_of(folder), frozenset({DENOISER, TEXT, VAE}), torch.float32, settings.companion_model
     )
     methods.create(settings).load(folder, family)
     family.save_pipeline(target)

@@ -79,13 +79,16 @@ def write(path: Path, manifest: Manifest, previews: list[Preview], place: Place)
 
 def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     """The whole card."""
+    in_diffusers = families.family_class(manifest.base_model).in_diffusers
     header = yaml.safe_dump(_header(manifest, previews, place), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{header}---",
-        f"# {manifest.trigger_word}",
+        f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.trigger_word}",
         _what(manifest),
         _pictures(previews),
-        f"## In {families.family_class(manifest.base_model).card_program}\n\n{_diffusers(manifest, place)}",
+        f"## In {families.family_class(manifest.base_model).card_program}\n\n{_diffusers(manifest, place)}"
+        if in_diffusers
+        else "",
         _comfyui(manifest, place),
         _atelier(manifest, place),
         _table("Scores", {name: f"{value:.4g}" for name, value in manifest.scores.items()}),
@@ -99,14 +102,15 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
+    library = ["diffusers"] if family.in_diffusers else []
     stock = manifest.nets and not METHODS[manifest.method].draws_from_conditions
-    tags = ["text-to-image", "diffusers", kind, *(["template:sd-lora"] if stock else []), *family.card_tags]
+    tags = ["text-to-image", *library, kind, *(["template:sd-lora"] if stock else []), *family.card_tags]
     header |= {
         "license": manifest.base_license or "unknown",
-        "library_name": "diffusers",
+        **({"library_name": "diffusers"} if library else {}),
         "pipeline_tag": "text-to-image",
         "tags": tags,
-        "instance_prompt": manifest.trigger_word,
+        **({} if _has_no_trigger(manifest) else {"instance_prompt": manifest.trigger_word}),
         "widget": [{"text": one.prompt, "output": {"url": f"samples/{one.adapted.name}"}} for one in previews],
     }
     return header | family.card_header(manifest, place)
@@ -127,8 +131,13 @@ def _what(manifest: Manifest) -> str:
     return (
         f"{what}{dora} for {base_name(manifest)}, trained for {manifest.step} steps"
         + (f" from {Path(start).name}" if start else "")
-        + f". The trigger word is **{manifest.trigger_word}**{subject}."
+        + ("." if _has_no_trigger(manifest) else f". The trigger word is **{manifest.trigger_word}**{subject}.")
     )
+
+
+def _has_no_trigger(manifest: Manifest) -> bool:
+    """Whether captions alone say what is drawn."""
+    return manifest.settings.get("mode") == "captions"
 
 
 def base_name(manifest: Manifest) -> str:
@@ -198,10 +207,8 @@ def _atelier(manifest: Manifest, place: Place) -> str:
     shown = METHODS[manifest.method].draws_from_conditions
     conditions = [f"picture_{i + 1}.png" for i, _ in enumerate(manifest.settings["condition_tasks"])] if shown else []
     more = f" --condition {' '.join(conditions)}" if conditions else ""
-    return (
-        "## In Atelier\n\n"
-        f'```\npython predict.py --weights {weights} --prompt "a photo of {manifest.trigger_word}"{more}\n```'
-    )
+    subject = "a cat" if _has_no_trigger(manifest) else manifest.trigger_word
+    return f'## In Atelier\n\n```\npython predict.py --weights {weights} --prompt "a photo of {subject}"{more}\n```'
 
 
 def _settings(manifest: Manifest) -> dict[str, str]:

@@ -17,7 +17,7 @@ def settings(**changes) -> PrepareSettings:
         ({"mask_from": "text"}, "needs mask_prompt or class_word"),
         ({"extra_resolutions": (512, 8)}, "from 16 to 4096"),
         ({"mask": "alpha"}, "Extra inputs are not permitted"),
-        ({"mode": "object"}, "'subject', 'face' or 'style'"),
+        ({"mode": "object"}, "'subject', 'face', 'style' or 'captions'"),
         ({"crop_margin": float("nan")}, "finite"),
     ],
 )

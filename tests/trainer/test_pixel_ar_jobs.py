@@ -77,6 +77,8 @@ def test_a_job_learns_and_says_bits_per_dim(finished) -> None:
         scores = artifact.read_manifest(folder).scores
     assert scores["held_out_bits_per_dim"] == pytest.approx(bits, abs=1e-5)
     assert f"{bits:.3f}" in finished.report.read_text(encoding="utf-8")
+    card = (finished.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "TOK" not in card and "In diffusers" not in card and "library_name" not in card
 
 
 def test_the_archive_draws_without_the_folder_of_the_job(finished, tmp_path) -> None:

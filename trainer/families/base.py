@@ -167,6 +167,7 @@ class Family(Drawable):
     """
 
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
+    in_diffusers: ClassVar[bool] = True  # whether diffusers draws with its weights
     ui_files: ClassVar[bool] = True  # whether ComfyUI and A1111 load adapters for it
     # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}

@@ -13,12 +13,11 @@ from preprocessing.prepared import PreparedDataset
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families import model_config, resolve
-from trainer.families.base import DENOISER, TEXT_TO_IMAGE, Family, Geometry, Net, TextTower, quoted
+from trainer.families.base import DENOISER, TEXT_TO_IMAGE, Family, Geometry, Net, TextTower
 from trainer.families.pixel_ar import begin
 from trainer.families.pixel_ar.model import bits_per_dim
 from trainer.families.pixel_ar.pipeline import PixelARPipeline, open_pipeline
 from trainer.families.pixel_ar.sampling import Sampling
-from trainer.model_card import Place
 from trainer.objectives import masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
@@ -31,6 +30,7 @@ class PixelAutoregressive(Family):
     name: ClassVar[str] = "pixel_ar"
     own_settings: ClassVar[tuple[str, ...]] = begin.ARCHITECTURE
     draw_options: ClassVar[tuple[str, ...]] = ("temperature", "top_p", "class_label")
+    in_diffusers: ClassVar[bool] = False
     ui_files: ClassVar[bool] = False
     card_tags: ClassVar[tuple[str, ...]] = ("autoregressive",)
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
@@ -80,18 +80,6 @@ class PixelAutoregressive(Family):
     @classmethod
     def figures(cls, loss: float) -> dict[str, float]:
         return {"bits_per_dim": bits_per_dim(loss)}
-
-    @classmethod
-    def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
-        words = manifest.settings.get("unrelated_prompts") or ["a photo of a cat"]
-        return "\n".join(
-            [
-                "from predict import PredictSettings, Studio  # of this program: diffusers has no such model",
-                "",
-                f"settings = PredictSettings(weights={quoted(place.name)}, prompt={quoted(words[0])})",
-                "seed, files = Studio().draw(settings)",
-            ]
-        )
 
     def module(self, name: str) -> nn.Module:
         return self._pipe.model
