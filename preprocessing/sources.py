@@ -164,9 +164,7 @@ def _shared_out(records: IterableDataset, share: Share) -> IterableDataset:
     return split_dataset_by_node(records, rank, nodes) if nodes > 1 else records
 
 
-def _tasks(
-    records: IterableDataset, columns: Columns, upload: Upload, settings: PrepareSettings
-) -> Iterator[Task]:
+def _tasks(records: IterableDataset, columns: Columns, upload: Upload, settings: PrepareSettings) -> Iterator[Task]:
     for number, record in enumerate(_sound(records, settings)):
         value = record[columns.image]
         name, content = _name(record, value, number), _content(value, settings.input_images)
