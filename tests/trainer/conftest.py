@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -134,6 +135,15 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FluxPipeline folder in the shape of schnell: no guidance."""
     return save_flux(tmp_path_factory.mktemp("models") / "schnell", guided=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_kontext(tmp_path_factory: pytest.TempPathFactory, tiny_flux: Path) -> Path:
+    """The tiny FLUX as a FluxKontextPipeline folder."""
+    folder = tmp_path_factory.mktemp("models") / "kontext"
+    FluxKontextPipeline.from_pretrained(tiny_flux, dtype=torch.float32).save_pretrained(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session", params=["sd", "xl"])

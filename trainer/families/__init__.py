@@ -26,6 +26,7 @@ PIPELINES = {
     "StableDiffusionPipeline": ("trainer.families.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
     "FluxPipeline": ("trainer.families.flux", "Flux"),
+    "FluxKontextPipeline": ("trainer.families.flux_kontext", "FluxKontext"),
     "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
     "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
 }
