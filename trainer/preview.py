@@ -58,8 +58,8 @@ FROM_CONDITIONS = (
 
 
 FROM_REFERENCE = (
-    "Near copies and variety are not told: the pictures, also those of the base model, are drawn from the reference of one "
-    "of the data set, which they are meant to resemble."
+    "Near copies and variety are not told: the pictures, also those of the base model, are drawn from the reference of "
+    "one of the data set, which they are meant to resemble."
 )
 
 
