@@ -93,8 +93,7 @@ class Generator:
 
     def _put_in(self, opened: list[Opened]) -> None:
         made = [methods.create(settings_of(one.manifest)) for one in opened]
-        # those that conditions are drawn by last: what is in a net by then acts on the text and the picture
-        for one, method in sorted(zip(opened, made, strict=True), key=lambda pair: pair[1].draws_from_conditions):
+        for one, method in sorted(zip(opened, made, strict=True), key=lambda pair: _turn(pair[1])):
             method.adapter = f"{adapters.ADAPTER}_{len(self._methods)}" if self._methods else adapters.ADAPTER
             self._methods.append(method)  # first, so that `release` takes out what is only half in
             method.load(one.folder, self.family)
@@ -115,7 +114,7 @@ class Generator:
 
     def release(self) -> None:
         """Back to the base model, bit for bit. One that was stopped halfway is finished by the next."""
-        for method in reversed(self._methods):
+        for method in reversed(sorted(self._methods, key=_turn)):
             method.detach(self.family)
         self._methods, self.manifests, self.archives = [], (), ()
 
@@ -293,6 +292,11 @@ PIPELINE_DEFAULTS = {
     "prior_guidance_scale": 4.0,
     "prior_num_inference_steps": 25,
 }
+
+
+def _turn(method: Method) -> int:
+    """When a method is put in: conditions last, for what is in a net by then acts on the text and the picture."""
+    return int(method.draws_from_conditions)
 
 
 def _check_apart(opened: list[Opened]) -> None:

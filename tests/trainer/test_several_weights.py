@@ -114,6 +114,19 @@ def test_a_style_acts_on_text_and_picture_beside_a_condition(style_changes, weig
         assert (draw(generator, condition=photos[:1], **off) == plain).all()
 
 
+def test_whole_weights_beside_a_condition_are_taken_back_too(weights, photos, tiny_model):
+    edges = weights("edges", 1, condition_tasks=("canny",))
+    full = weights("full", 2, method="full", learning_rate=1e-3)
+    generator = Generator(str(tiny_model), "cpu")
+    base = draw(generator)
+    before = {name: value.clone() for name, value in generator.family.module("transformer").state_dict().items()}
+    generator.use(edges, full)
+    assert (draw(generator, condition=photos[:1], condition_strength=0.0) != base).any()
+    generator.release()
+    after = generator.family.module("transformer").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_two_styles_do_not_share_a_net(weights, tiny_model):
     given = {"method": "lora", "lora_targets": "attention", "learning_rate": 1e-3}
     first, second = weights("first", 1, **given), weights("second", 2, **given)

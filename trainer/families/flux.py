@@ -186,6 +186,7 @@ class Flux(PipelineFamily):
     def add_branches(self, layout: Layout) -> None:
         net = self._pipe.transformer
         if self.branches is None:
+            remove_branches(net)  # some may be left of an attempt that was stopped
             self.branches = Branches(net)
         self._layouts += (layout,)
         theirs = {one.adapter for one in self._layouts}
