@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path as LocalPath
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, Any, List, Literal, Optional
 
 from cog import BaseRunner, Input, Path
 from pydantic import Field, model_validator
@@ -55,6 +55,12 @@ class PredictSettings(DrawSettings):
     )
     companion_model: str | None = Field(
         None, description="The other half of such a model. Null: what the weights name, or the published one."
+    )
+    base_precision: Literal["same", "int8", "nf4"] = Field(
+        "same", description="Of the base model's denoiser: 8 or 4 bits need less memory, and bitsandbytes."
+    )
+    more_weights: tuple[str, ...] | None = Field(
+        None, description="Further weights at once: of other conditions, or a style's LoRA beside those of conditions."
     )
     output_dir: LocalPath = Field(LocalPath("outputs/predict"), description="Folder for the pictures.")
 
@@ -102,6 +108,8 @@ class Wanted:
     base_model: str | None = None
     companion_weights: str | None = None
     companion_model: str | None = None
+    more_weights: tuple[str, ...] | None = None
+    base_precision: str = "same"
 
 
 class Studio:
@@ -112,7 +120,7 @@ class Studio:
 
     def __init__(self) -> None:
         self.generator: Generator | None = None
-        self.models: tuple[str, str | None] | None = None  # base and companion
+        self.models: tuple[str, str | None, str] | None = None  # base and companion, and the precision
         self.opened: dict[LocalPath, Opened] = {}
 
     def ready(self, wanted: Wanted) -> "Generator":
@@ -120,17 +128,20 @@ class Studio:
 
         After an error or a cancel the weights that were in are in still.
         """
-        sources = [source for source in (wanted.weights, wanted.companion_weights) if source is not None]
+        named = (wanted.weights, wanted.companion_weights, *(wanted.more_weights or ()))
+        sources = [source for source in named if source is not None]
         try:
             if not sources:
-                generator = self._on(wanted.base_model or DEFAULT_BASE, wanted.companion_model)
+                models = (wanted.base_model or DEFAULT_BASE, wanted.companion_model)
+                generator = self._on(*models, wanted.base_precision)
                 generator.release()
                 return generator
             before = dict(self.opened)
             folders = [self._folder_of(source) for source in sources]
             first, *others = (self.opened[folder] for folder in folders)
-            companion = others[0].base_model if others else first.companion_model
-            generator = self._on(wanted.base_model or first.base_model, wanted.companion_model or companion)
+            companion = others[0].base_model if wanted.companion_weights and others else first.companion_model
+            models = (wanted.base_model or first.base_model, wanted.companion_model or companion)
+            generator = self._on(*models, wanted.base_precision)
             known = all(before.get(folder) is self.opened[folder] for folder in folders)
             if not known or generator.archives != tuple(folders):
                 generator.use(*folders)
@@ -153,15 +164,17 @@ class Studio:
         self.opened[folder] = Opened(held.key, base, foreign.companion_of(folder), stack.pop_all())
         return folder
 
-    def _on(self, base_model: str, companion: str | None) -> "Generator":
+    def _on(self, base_model: str, companion: str | None, precision: str) -> "Generator":
         """A generator with this base model."""
-        if self.generator is None or self.models != (base_model, companion):
+        models = (base_model, companion, precision)
+        if self.generator is None or self.models != models:
             from trainer import families
             from trainer.generate import Generator
 
             families.family_class(base_model)  # a name that is none is told while the old one is still there
             self.generator = self.models = None  # free its memory before the next one is loaded
-            self.generator, self.models = Generator(base_model, companion=companion), (base_model, companion)
+            self.generator = Generator(base_model, companion=companion, precision=precision)
+            self.models = models
         return self.generator
 
     def _close_unused(self) -> None:
@@ -188,6 +201,8 @@ class Studio:
 
     def _prepared(self, settings: PredictSettings) -> "tuple[Generator, PredictSettings, DrawSettings]":
         """The generator with the weights asked for, the settings with a seed, and what of them is about the picture."""
+        if settings.more_scales and len(settings.more_scales) != len(settings.more_weights or ()):
+            raise UserError("more_scales must have as many numbers as there are more_weights.")
         shown = [("condition", path) for path in settings.condition or ()]
         shown += [("references", path) for path in settings.references or ()]
         for name, path in (("image", settings.image), ("mask", settings.mask), *shown):
@@ -224,6 +239,7 @@ def save(picture: "Image.Image", path: LocalPath, settings: PredictSettings) -> 
     text = PngInfo()
     # a picture is passed on, its text with it
     told = {name: redacted(getattr(settings, name) or "") or None for name in ("weights", "companion_weights")}
+    told["more_weights"] = tuple(redacted(one) for one in settings.more_weights or ()) or None
     one = settings.model_copy(update={"num_outputs": 1} | told)
     text.add_itxt("atelier", one.model_dump_json(exclude_none=True, exclude={"output_dir", "prompt_file"}))
     picture.save(path, pnginfo=text)
@@ -260,6 +276,9 @@ class Predictor(BaseRunner):
         companion_model: Optional[str] = Input(
             default=None, description="The other half of a base model in two halves."
         ),
+        more_weights: Optional[str] = Input(
+            default=None, description="Of other conditions or of a style, too; spaces between."
+        ),
         num_outputs: int = Input(default=1, ge=1, le=64, description="Pictures; each has the next seed."),
         width: Optional[int] = Input(default=None, ge=16, le=4096, description="In pixels."),
         height: Optional[int] = Input(default=None, ge=16, le=4096, description="In pixels."),
@@ -275,6 +294,7 @@ class Predictor(BaseRunner):
         ),
         top_p: Optional[float] = Input(default=None, le=1, description="Choose among the likeliest values."),
         class_label: Optional[int] = Input(default=None, ge=0, description="Number of a learned class."),
+        true_cfg_scale: Optional[float] = Input(default=None, ge=1, le=50, description="FLUX dev: a second guidance."),
         scheduler: Optional[str] = Input(default=None, choices=SCHEDULERS, description="How the steps are taken."),
         seed: Optional[int] = Input(default=None, ge=0, description="The same seed draws the same picture."),
         lora_scale: float = Input(default=1.0, ge=-4, le=4, description="Strength of the trained weights."),
@@ -284,8 +304,10 @@ class Predictor(BaseRunner):
         mask: Optional[Path] = Input(default=None, description="As large as image: white is drawn anew (inpainting)."),
         prompt_strength: float = Input(default=0.8, ge=0, le=1, description="With an image: 1 draws over all of it."),
         condition: Optional[Path] = Input(default=None, description="Picture to draw from (weights of that method)."),
+        second_condition: Optional[Path] = Input(default=None, description="Where the weights want two of them."),
         condition_ready: bool = Input(default=False, description="It is edges, greys, ... already."),
         condition_strength: float = Input(default=1.0, ge=0, le=10, description="Weight of it; 0 hides it."),
+        keep_known: bool = Input(default=True, description="Task fill: pixels outside of the mask stay as they are."),
     ) -> List[Path]:
         """Draw; settings that are not given take the base model's values."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
@@ -294,8 +316,10 @@ class Predictor(BaseRunner):
 
     def _drawn(self, weights: str | None, inputs: dict[str, Any]) -> List[Path]:
         """The pictures as files, which Cog sends."""
-        for name in ("condition", "references"):
-            inputs[name] = None if inputs[name] is None else (inputs[name],)
+        shown = (inputs["condition"], inputs.pop("second_condition"))
+        inputs["condition"] = tuple(path for path in shown if path is not None) or None
+        inputs["references"] = None if inputs["references"] is None else (inputs["references"],)
+        inputs["more_weights"] = tuple((inputs["more_weights"] or "").split()) or None
         places = {"weights": weights, "output_dir": self._fresh_folder()}
         settings = commandline.check(PredictSettings, inputs | places)
         seed, files = self.studio.draw(settings)

@@ -43,6 +43,7 @@ def measure(base_model: str, steps: int, counts: range) -> list[dict[str, Any]]:
         latents = family.encode_pixels(torch.rand(max(counts), 3, side, side) * 2 - 1)
         for count in counts:
             layout = Layout((Placement(scale=1 / share),) * count, independent=True)
+            family.remove_branches()
             family.add_branches(layout)
             conditions = {f"condition_{i}": latents[i : i + 1] for i in range(count)}
             plain, stored = (_drawn(generator, conditions, steps, reuse) for reuse in (False, True))

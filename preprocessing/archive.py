@@ -150,9 +150,8 @@ def check_shard(source: Path, limits: Limits = LIMITS) -> None:
             packed = "packed by itself" if PurePosixPath(name).suffix.lower() in PACKED_AGAIN else None
             _refuse_faulty(source, name, member.fault or packed)
             if member.size > limits.streamed_bytes:
-                raise UserError(
-                    f"{source}: {name[:80]!r} has more than the limit of {limits.streamed_bytes // MIB:,} MiB: leave it out."
-                )
+                most = f"{limits.streamed_bytes // MIB:,} MiB"
+                raise UserError(f"{source}: {name[:80]!r} has more than the limit of {most}: leave it out.")
 
 
 def _refuse_faulty(source: Path, name: str, fault: str | None) -> None:

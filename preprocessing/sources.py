@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 SHARDS = {".parquet", ".tar"}
 CLASS_COLUMNS = ("fine_label", "label")  # of names of classes, where nothing else is a caption
 OF_JSON = "json"  # the column of a WebDataset's .json files
-# condition.png and condition.1.png beside a WebDataset's png, or columns called condition and condition_1
-CONDITION = re.compile(r"condition(?:[._](\d{1,2}))?(?:\.[a-z0-9]+)?", re.IGNORECASE)
+# condition.png and condition.1.png beside a WebDataset's png, or columns called condition and condition_1, or
+# conditioning_image as in data sets for ControlNet
+CONDITION = re.compile(r"condition(?:ing)?(?:_image)?(?:[._](\d{1,2}))?(?:\.[a-z0-9]+)?", re.IGNORECASE)
 READERS = {".parquet": "parquet", ".tar": "webdataset"}  # of a single file
 
 
@@ -128,8 +129,9 @@ def _columns(records: IterableDataset, settings: PrepareSettings) -> Columns:
     found = (", ".join(features) or "none")[:200]
     conditions = settings.condition_columns
     if conditions is None:
-        numbered = {name: CONDITION.fullmatch(name) for name, kind in features.items() if isinstance(kind, Image)}
-        conditions = tuple(sorted((n for n, hit in numbered.items() if hit), key=lambda n: int(numbered[n][1] or 0)))
+        others = [name for name, kind in features.items() if isinstance(kind, Image) and name != settings.image_column]
+        numbered = {name: int(hit[1] or 0) for name in others if (hit := CONDITION.fullmatch(name))}
+        conditions = tuple(sorted(numbered, key=numbered.get))
     elif missing := [name for name in conditions if name not in features]:
         raise UserError(f"condition_columns: the data set has the columns {found}, not {missing[0]!r}.")
     pictures = [name for name, kind in features.items() if isinstance(kind, Image) and name not in conditions]
@@ -143,6 +145,12 @@ def _columns(records: IterableDataset, settings: PrepareSettings) -> Columns:
             "are wanted: leave it out."
         )
     if of_pairs and settings.dataset_layout != "single":
+        for name in ("caption_column", "condition_columns"):
+            if getattr(settings, name) is not None:
+                raise UserError(
+                    f"{name}: pairs of pictures tell their captions and are each other's condition: leave it out, or "
+                    "set dataset_layout to single."
+                )
         return Columns(image, pairs=True)
     caption = settings.caption_column
     if caption is not None and caption not in features:

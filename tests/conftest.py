@@ -70,7 +70,9 @@ class FakeGenerator:
 
     calls: ClassVar[list[Any]] = []
 
-    def __init__(self, base_model: str, device: str | None = None, companion: str | None = None):
+    def __init__(
+        self, base_model: str, device: str | None = None, companion: str | None = None, precision: str = "same"
+    ):
         self.calls.append(("base", base_model) if companion is None else ("base", base_model, companion))
         self.archives: tuple[Path, ...] = ()
 

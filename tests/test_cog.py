@@ -149,7 +149,11 @@ def test_the_rules_allow_a_list_of_the_same_file() -> None:
     ("function", "model", "renamed"),
     [
         (train.train, JobSettings, {}),
-        (predict.Predictor.run, predict.PredictSettings, {"replicate_weights": "weights"}),
+        (
+            predict.Predictor.run,
+            predict.PredictSettings,
+            {"replicate_weights": "weights", "second_condition": "condition"},
+        ),
     ],
 )
 def test_inputs_are_the_settings(function: Any, model: Any, renamed: dict[str, str]) -> None:

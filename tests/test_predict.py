@@ -181,3 +181,21 @@ def test_a_picture_does_not_tell_the_secret_in_its_weights_address(generator_cal
         told = json.loads(picture.text["atelier"])
     assert told["weights"] == "https://127.0.0.1/x.tar"
     assert "output_dir" not in told  # of no use to anybody else
+
+
+def test_several_weights_are_used_in_their_order(generator_calls: list[Any], tmp_path: Path, weights: Path) -> None:
+    more = [tmp_path / name for name in ("second.tar", "third.tar")]
+    for number, path in enumerate(more):
+        path.write_bytes(b"weights of another kind" + bytes([number]))
+    out = ["--output_dir", str(tmp_path / "out"), "--prompt", "a", "--seed", "1"]
+    given = ["--weights", str(weights), "--more_weights", *map(str, more), "--more_scales", "1", "0.5"]
+    predict.main([*given, *out])
+    assert generator_calls[0] == ("base", "base of mine")  # the first one's
+    assert generator_calls[-2:] == [("use", weights, *more), DrawSettings(prompt="a", seed=1, more_scales=(1.0, 0.5))]
+    with Image.open(tmp_path / "out" / "0001_seed1.png") as picture:
+        told = json.loads(picture.text["atelier"])
+    assert told["more_weights"] == [str(path) for path in more]
+    with pytest.raises(UserError, match="more_scales must have as many numbers"):
+        predict.main([*given, "1", *out])
+    with pytest.raises(UserError, match="more_scales must be from -4 to 4"):
+        predict.main([*given[:-1], "5", *out])

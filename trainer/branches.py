@@ -41,25 +41,27 @@ class Placement:
 @dataclass(frozen=True)
 class Layout:
     """How a method conditions a model: where each condition's tokens lie, whether conditions are independent of text
-    and picture, and whether the picture's known tokens are left out of the first branch (`integrated`).
+    and picture, whether the picture's known tokens are left out of the first branch (`integrated`), and which of the
+    denoiser's adapters, by peft's name, acts on the conditions.
     """
 
     placements: tuple[Placement, ...]
     independent: bool = False
     integrated: bool = False
+    adapter: str = "default"
 
 
 @dataclass(frozen=True)
 class BranchPlan:
     """What is computed in one forward pass, and who attends to whom.
 
-    The first branch sees all. A condition sees itself and, unless conditions are `independent`, the first branch; never
-    another condition. Independent conditions are the same at every step, so that their keys and values can be `stored`
-    from the first step; then they are not computed again.
+    The first branch sees all. A condition sees itself and, unless its branch is `independent`, the first one; never
+    another condition. Independent conditions are the same at every step, so that where all are their keys and values
+    can be `stored` from the first step; then they are not computed again.
     """
 
     conditions: int
-    independent: bool = False
+    independent: frozenset[int] = frozenset()
     stored: bool = False
 
     @property
@@ -70,7 +72,7 @@ class BranchPlan:
         """The branches that a branch's queries attend to, itself among them."""
         if branch == MAIN:
             return tuple(range(1 + self.conditions))
-        return (branch,) if self.independent else (MAIN, branch)
+        return (branch,) if branch in self.independent else (MAIN, branch)
 
 
 class Store:

@@ -183,10 +183,10 @@ class RunSettings(PrepareSettings):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: bf16 where the device is fast at it. Trained weights are fp32 always."
     )
-    base_precision: Literal["same", "fp8"] = Field(
+    base_precision: Literal["same", "fp8", "int8", "nf4"] = Field(
         "same",
-        description="fp8: the denoiser's frozen weights lie in 8 bits while LoRA trains, half the memory of bf16; "
-        "needs gradient_checkpointing.",
+        description="The denoiser's frozen weights while LoRA trains: in 8 bits (fp8, which needs "
+        "gradient_checkpointing, or int8) or in 4 (nf4); int8 and nf4 need the package bitsandbytes.",
     )
     gradient_checkpointing: bool = Field(False, description="Less memory for about 40 % more time.")
     enable_xformers: bool = Field(False, description="Attention of the denoiser by xFormers, where it is installed.")
@@ -252,8 +252,8 @@ class JobSettings(
             raise ValueError(f"target_modules goes with method condition, not {self.method}: use lora_targets")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
-        if self.base_precision == "fp8" and self.method == "full":
-            raise ValueError("base_precision fp8 is for weights that stay as they are, and full trains them")
+        if self.base_precision != "same" and self.method == "full":
+            raise ValueError(f"base_precision {self.base_precision} is for frozen weights, and full trains them")
         if self.base_precision == "fp8" and not self.gradient_checkpointing:
             raise ValueError("base_precision fp8 saves nothing without gradient_checkpointing: switch it on")
         if self.num_train_epochs is not None and self.max_train_steps is not None:

@@ -45,7 +45,16 @@ class DrawSettings(BaseModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same seed draws the same picture; null: a random one."
     )
+    true_cfg_scale: float | None = Field(
+        None,
+        ge=1,
+        le=50,
+        description="FLUX dev: guidance by a second call with the negative prompt; null: 2 with one, else none.",
+    )
     lora_scale: float = Field(1.0, ge=-4, le=4, description="Strength of the trained weights; 0 is the base model.")
+    more_scales: tuple[float, ...] | None = Field(
+        None, description="Strengths of more_weights, one for each; null: lora_scale."
+    )
     token_scale: float | None = Field(
         None, ge=0, le=2, description="Strength of the trained tokens; null: one that suits lora_scale."
     )
@@ -57,10 +66,15 @@ class DrawSettings(BaseModel):
         None, description="With an image of its size: white is drawn anew, black stays (inpaint)."
     )
     condition: tuple[Path, ...] | None = Field(
-        None, description="Pictures to draw from, for weights of method condition: their edges, their greys, ..."
+        None,
+        description="Pictures to draw from, for weights of method condition: their edges, their greys, ... Of FLUX "
+        "Kontext the one picture that it changes.",
     )
     condition_ready: bool = Field(False, description="The condition pictures are edges, greys, ... already.")
     condition_strength: float = Field(1.0, ge=0, le=10, description="Weight of the conditions; 0 hides them.")
+    keep_known: bool = Field(
+        True, description="Task fill: what mask leaves black is the condition's own pixels, and not drawn ones."
+    )
     prompt_strength: float = Field(0.8, ge=0, le=1, description="With an image: 1 draws over all of it, 0 keeps it.")
 
     @model_validator(mode="after")
@@ -69,4 +83,6 @@ class DrawSettings(BaseModel):
             raise ValueError("mask says which part of an image is drawn anew: give image too")
         if self.image is not None and self.condition:
             raise ValueError("image and condition cannot be drawn from together: give one of them")
+        if any(not -4 <= scale <= 4 for scale in self.more_scales or ()):
+            raise ValueError("more_scales must be from -4 to 4")
         return self

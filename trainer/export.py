@@ -111,7 +111,7 @@ def _opened(settings: ExportSettings) -> Iterator[tuple[Path, str, Family]]:
         family = _loaded(base_model, parts, foreign.companion_of(unpacked))
         with foreign.opened(unpacked, family, base_model) as folder:
             manifest = artifact.read_manifest(folder)
-            if manifest.family != family.name:
+            if manifest.family not in family.serves:
                 raise UserError(f"the weights are for a {manifest.family} and {base_model} is a {family.name}.")
             yield folder, base_model, family
 

@@ -3,7 +3,8 @@
     one .safetensors file   LoRA or DoRA in kohya's keys (A1111, ComfyUI), diffusers' (old and new) or peft's, with a
                             bundled embedding (bundle_emb.) or none; or token embeddings (clip_l, clip_g, emb_params,
                             or the token itself as the one key)
-    a tar, tar.gz, folder   such files: cog-sdxl's lora.safetensors, embeddings.pti and special_params.json among them
+    a tar, tar.gz, folder   such files: cog-sdxl's lora.safetensors, embeddings.pti and special_params.json among them,
+                            and flux-fine-tuner's lora.safetensors and config.yaml, which tells the trigger word
 
 kohya's names cannot be read without the model, since "_" stands for both "." and "_": each name is looked up among the
 model's own modules. Every key must find its place; what has none is told and nothing is left out silently.
@@ -33,6 +34,8 @@ from trainer.ui_files import BUNDLE
 from trainer.weights import Weights, manifest_for
 
 SPECIAL, PEFT_CONFIG = "special_params.json", "adapter_config.json"
+TOOLKIT_CONFIG = "config.yaml"  # ai-toolkit's, which flux-fine-tuner puts beside its LoRA
+LONGEST_CONFIG = 2**20  # bytes
 # other programs' names -> ours: cog-sdxl's, A1111's, ComfyUI's, those in a bundle
 EMBEDDING_KEYS = {
     "clip_l": "clip_l",
@@ -126,7 +129,7 @@ def companion_of(folder: Path) -> str | None:
 
 def _is_wanted(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix in (".safetensors", ".pti") or path.name in (SPECIAL, PEFT_CONFIG)
+    return path.suffix in (".safetensors", ".pti") or path.name in (SPECIAL, PEFT_CONFIG, TOOLKIT_CONFIG)
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -160,6 +163,7 @@ class _Parts:
             raise UserError("The weights hold no .safetensors file: give a trained_model.tar or a .safetensors file.")
         self.special = _read_json(folder, SPECIAL)
         self.peft_config = _read_json(folder, PEFT_CONFIG)
+        self.toolkit_trigger = _toolkit_trigger(folder)
 
     def for_transformer(self) -> bool:
         """Whether the LoRA is FLUX's, by its names."""
@@ -173,7 +177,7 @@ class _Parts:
             raise UserError("The token embeddings of the weights are not 1 to 64 rows each: copy them again.")
         if not self.special:
             stated = self.header.get("trigger_word") or self.header.get("modelspec.trigger_phrase")
-            return stated or self.name or TRIGGER, count
+            return stated or self.toolkit_trigger or self.name or TRIGGER, count
         if len(self.special) > 1:
             raise UserError(f"{SPECIAL} of the weights has several trigger words: weights of one are read.")
         ((word, tokens),) = self.special.items()
@@ -217,6 +221,28 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
             return value
         raise UserError(f"{name} of the weights is no JSON object: copy it again.")
     return {}
+
+
+def _toolkit_trigger(folder: Path) -> str | None:
+    """The trigger word of an ai-toolkit configuration; None where there is none, or it is another program's."""
+    import yaml
+
+    for path in sorted(folder.rglob(TOOLKIT_CONFIG)):
+        if path.stat().st_size > LONGEST_CONFIG:
+            raise UserError(f"{TOOLKIT_CONFIG} of the weights is longer than 1 MiB: leave it out.")
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{TOOLKIT_CONFIG} of the weights is damaged ({type(error).__name__}): copy it again."
+            ) from error
+        config = value.get("config") if isinstance(value, dict) else None
+        steps = config.get("process") if isinstance(config, dict) else None
+        for step in steps if isinstance(steps, list) else ():
+            word = step.get("trigger_word") if isinstance(step, dict) else None
+            if word is not None:
+                return str(word)
+    return None
 
 
 def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> None:

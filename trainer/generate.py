@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.devices import drawing_dtype, pick_device
 from trainer.drawing import FOR_SOME, DrawSettings
+from trainer.families import quantised
 from trainer.families.base import IMAGE_TO_IMAGE, INPAINT, TEXT_TO_IMAGE, Drawable
-from trainer.methods.base import Method
+from trainer.methods import adapters
+from trainer.methods.base import Method, Shown
 from trainer.samples import Conditioning
 
 DRAW_BATCH = 16
@@ -42,14 +45,19 @@ class Opened:
 class Generator:
     """A base model that archives of weights are put into and taken out of.
 
-    `companion` is where the other half of a model in two lies; None: the usual one.
+    `companion` is where the other half of a model in two lies; None: the usual one. `precision` is that of the
+    denoiser's weights, as base_precision, of which fp8 is one for training alone and makes no difference.
     """
 
-    def __init__(self, base_model: str, device: str | None = None, companion: str | None = None):
+    def __init__(
+        self, base_model: str, device: str | None = None, companion: str | None = None, precision: str = "same"
+    ):
         self.base_model, self.companion = base_model, companion
         self.device = pick_device(device)
         dtype = drawing_dtype(self.device, families.family_class(base_model).drawing_dtype)
         family, self.geometry = families.load_drawable(base_model, companion, dtype)
+        if precision in quantised.MARKS:
+            family.quantise(precision)
         self.family: Drawable = family.to(self.device)
         self.recommended = families.recommended(base_model, "draw")
         self.manifests: tuple[Manifest, ...] = ()
@@ -57,8 +65,8 @@ class Generator:
         self.archives: tuple[Path, ...] = ()  # where the weights in use came from
 
     def use(self, *archives: Path) -> None:
-        """Put weights in (see `trainer.foreign` for which there are), in place of any before; several are for several
-        nets.
+        """Put weights in (see `trainer.foreign` for which there are), in place of any before. Several are for several
+        nets, or of conditions, each of which acts on its own pictures alone, in their order.
 
         Raises UserError where they are none, or were made on another base model. After any error, and after a cancel,
         which may come anywhere and is no Exception, everything is as it was before.
@@ -85,10 +93,12 @@ class Generator:
         return Opened(archive, folder, manifest)
 
     def _put_in(self, opened: list[Opened]) -> None:
-        for one in opened:
-            method = methods.create(settings_of(one.manifest))
+        made = [methods.create(settings_of(one.manifest)) for one in opened]
+        for one, method in sorted(zip(opened, made, strict=True), key=lambda pair: _turn(pair[1])):
+            method.adapter = f"{adapters.ADAPTER}_{len(self._methods)}" if self._methods else adapters.ADAPTER
             self._methods.append(method)  # first, so that `release` takes out what is only half in
             method.load(one.folder, self.family)
+        self._methods = made
         self.manifests = tuple(one.manifest for one in opened)
         self.archives = tuple(one.archive for one in opened)
 
@@ -105,7 +115,7 @@ class Generator:
 
     def release(self) -> None:
         """Back to the base model, bit for bit. One that was stopped halfway is finished by the next."""
-        for method in reversed(self._methods):
+        for method in reversed(sorted(self._methods, key=_turn)):
             method.detach(self.family)
         self._methods, self.manifests, self.archives = [], (), ()
 
@@ -124,8 +134,9 @@ class Generator:
 
     @torch.no_grad()
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
-        for method in self._methods:
-            method.set_strength(self.family, settings.lora_scale)
+        for method, strength in zip(self._methods, self._strengths(settings), strict=True):
+            method.set_strength(self.family, strength)
+        shown = self._shown(settings)
         started = settings.image is not None
         task = TEXT_TO_IMAGE if not started else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
@@ -141,8 +152,10 @@ class Generator:
                 self._conditioning(prompts[chunk], settings), self._negative(len(prompts[chunk]), settings)
             )
             noise = [torch.Generator().manual_seed(seed) for seed in seeds[chunk]]
-            with self._conditioned(settings):
+            with self._conditioned(shown, settings):
                 drawn = pipe(**text, **arguments, generator=noise).images
+            for method, pictures in shown if settings.keep_known else ():
+                drawn = [method.finished(one, pictures) for one in drawn]
             if task == INPAINT:  # the VAE alone changes every pixel a little
                 drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
             yield drawn
@@ -161,7 +174,10 @@ class Generator:
             elif getattr(settings, name) is not None:
                 raise UserError(f"{name} is nothing that {self.base_model} has: leave it out.")
         arguments = {k: self.recommended.get(k, PIPELINE_DEFAULTS[k]) if v is None else v for k, v in chosen.items()}
-        arguments |= self.family.guidance_inputs(arguments.pop("guidance_scale"), settings.negative_prompt)
+        arguments |= self.family.guidance_inputs(
+            arguments.pop("guidance_scale"), settings.negative_prompt, settings.true_cfg_scale
+        )
+        arguments |= self.family.reference_inputs(self._size(settings), self._reference(settings))
         stride, (width, height) = self.geometry.stride, self._size(settings)
         for name, side in (("width", width), ("height", height)):
             if side % stride:
@@ -194,23 +210,62 @@ class Generator:
         sizes = [shown_size(one.size, self.geometry.resolution, self.geometry.stride) for one in opened]
         return [_fitted(one, size) for one, size in zip(opened, sizes, strict=True)]
 
-    @contextmanager
-    def _conditioned(self, settings: DrawSettings) -> Iterator[None]:
-        """Inside, the pipeline draws from the condition pictures."""
-        wanting = next((method for method in self._methods if method.draws_from_conditions), None)
+    def _strengths(self, settings: DrawSettings) -> list[float]:
+        """Of each archive: `more_scales` are the last ones'."""
+        more = list(settings.more_scales or ())
+        if more and len(more) >= len(self._methods):
+            raise UserError(f"more_scales has {len(more)} numbers: give one for each of more_weights.")
+        return [settings.lora_scale] * (len(self._methods) - len(more)) + more
+
+    def _shown(self, settings: DrawSettings) -> list[tuple[Method, Shown]]:
+        """The condition pictures, each with the method that draws from it."""
+        wanting = [method for method in self._methods if method.draws_from_conditions]
+        if self.family.takes_reference:  # no method draws from conditions there
+            return []
         if not settings.condition:
             if wanting:
                 raise UserError("condition is missing: these weights draw from condition pictures, give them.")
-            yield
-            return
-        if wanting is None:
+            return []
+        if not wanting:
             raise UserError("condition: the weights in use draw from no condition picture; leave it out.")
+        count = sum(method.condition_count for method in wanting)
+        if len(settings.condition) != count:
+            raise UserError(f"condition: these weights want {count} pictures, not {len(settings.condition)}.")
         size = self._size(settings)
-        pictures = [_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition]
+        pictures = iter([_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition])
         hole = None
         if settings.mask is not None:
             hole = np.asarray(_fitted(_open(settings.mask, "mask").convert("L"), size)) >= 128
-        given = wanting.drawing_conditioning(self.family, pictures, settings.condition_ready, hole)
+        return [
+            (method, Shown(tuple(islice(pictures, method.condition_count)), settings.condition_ready, hole))
+            for method in wanting
+        ]
+
+    def _reference(self, settings: DrawSettings) -> Image.Image | None:
+        """The picture that a model of references draws from, of the drawn one's size."""
+        if not self.family.takes_reference or not settings.condition:
+            return None
+        if len(settings.condition) > 1:
+            raise UserError(f"condition: {self.base_model} draws from one picture, not {len(settings.condition)}.")
+        if settings.mask is not None:
+            raise UserError(f"mask: {self.base_model} draws all of a picture anew: leave it out.")
+        if settings.condition_ready or settings.condition_strength != 1:
+            raise UserError("condition_ready and condition_strength are for weights of method condition: leave them.")
+        return _fitted(_open(settings.condition[0], "condition").convert("RGB"), self._size(settings))
+
+    @contextmanager
+    def _conditioned(self, shown: list[tuple[Method, Shown]], settings: DrawSettings) -> Iterator[None]:
+        """Inside, the pipeline draws from the condition pictures."""
+        if not shown:
+            yield
+            return
+        given: Conditioning = {}
+        first = 0
+        for method, pictures in shown:
+            for name, value in method.drawing_conditioning(self.family, pictures).items():
+                kind, _, number = name.partition("_")
+                given[f"{kind}_{int(number) + first}" if number else name] = value
+            first += method.condition_count
         with self.family.conditioned(given, settings.condition_strength):
             yield
 
@@ -260,10 +315,17 @@ PIPELINE_DEFAULTS = {
 }
 
 
+def _turn(method: Method) -> int:
+    """When a method is put in: conditions last, for what is in a net by then acts on the text and the picture."""
+    return int(method.draws_from_conditions)
+
+
 def _check_apart(opened: list[Opened]) -> None:
-    """Raise UserError where two archives would change the same net."""
+    """Raise UserError where two archives would change the same net, but for those of conditions, which act on these."""
     taken: dict[str, Path] = {}
     for one in opened if len(opened) > 1 else ():
+        if methods.METHODS[one.manifest.method].draws_from_conditions:
+            continue
         for net in artifact.nets_of(one.folder):
             if net in taken:
                 raise UserError(f"{taken[net]} and {one.archive} both hold weights of the {net}: give one of them.")

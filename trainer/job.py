@@ -32,6 +32,7 @@ from trainer import artifact, delivery, families, methods, preflight, publish, s
 from trainer.config import JobSettings
 from trainer.devices import DTYPES, pick_device, training_attention, training_precision
 from trainer.evaluation.summary import Summary
+from trainer.families import quantised
 from trainer.families.base import DENOISER, TEXT, VAE
 from trainer.fitting import Fitted, Loaded, fit, planned, summarised
 from trainer.loop import Loop
@@ -121,6 +122,8 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
             dtype = torch.float32 if whole else DTYPES[accelerator.mixed_precision]
             parts = frozenset({DENOISER, TEXT, VAE})
             family = families.load(settings.base_model, parts, dtype, settings.companion_model)
+            if settings.base_precision in quantised.MARKS:
+                family.quantise(settings.base_precision)
             family.to(accelerator.device)
         with start.opened(settings, family) as begun:
             settings = settings if begun is None else start.agreed(settings, begun, family)
@@ -141,6 +144,7 @@ def fill(settings: JobSettings) -> JobSettings:
     if not settings.input_images.exists() and not is_dataset(settings):
         raise UserError(f"input_images {settings.input_images} does not exist: give an archive or folder of pictures.")
     publish.check(settings)
+    quantised.check_installed(settings.base_precision)
     source = settings.base_model
     suits = families.recommended(source, settings.method)
     if settings.init_adapter is not None:

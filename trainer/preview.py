@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from preprocessing.prepared import PreparedDataset
 from preprocessing.settings import Mode
@@ -63,6 +64,12 @@ FROM_CONDITIONS = (
 )
 
 
+FROM_REFERENCE = (
+    "Near copies and variety are not told: the pictures, also those of the base model, are drawn from the reference of "
+    "one of the data set, which they are meant to resemble."
+)
+
+
 @dataclass(frozen=True)
 class Gallery:
     """What a finished job drew. `grid` has, by seed and prompt, the base model's picture and one for each strength."""
@@ -93,7 +100,9 @@ def draw_gallery(
     method = methods.create(settings)
     shown = next(iter(split(dataset, settings).held_out), 0)  # at best what no step has seen
     prompts = prompts_of(settings)
-    if method.draws_from_conditions and settings.preview_prompts is None:
+    reference = _reference(dataset, shown, settings)
+    resembles = method.draws_from_conditions or bool(reference)
+    if resembles and settings.preview_prompts is None:
         prompts = [dataset.items[shown].caption]
     exhibit = Exhibit.of(prompts, settings, steps, method.has_strength)
     wishes = list(dict.fromkeys(exhibit.wishes()))
@@ -103,7 +112,9 @@ def draw_gallery(
             archive,
             wishes,
             lambda done, of: progress("preview", done, of),
-            lambda strength: method.drawing_settings(dataset, shown, folder, strength),
+            lambda strength: (
+                reference | ({} if strength is None else method.drawing_settings(dataset, shown, folder, strength))
+            ),
         )
     except families.NoCompanion as error:  # the weights are finished all the same
         remark = f"No pictures were drawn: {error}"
@@ -118,8 +129,8 @@ def draw_gallery(
     for wish, picture in pictures.items():
         picture.save(paths[wish])
     refuse_blank(pictures, [wish for wish in wishes if wish.strength == 1])
-    if method.draws_from_conditions:
-        seen, remarks = Seen((), None, None), (FROM_CONDITIONS,)
+    if resembles:
+        seen, remarks = Seen((), None, None), (FROM_REFERENCE if reference else FROM_CONDITIONS,)
     else:
         seen, remarks = look(pictures, exhibit, dataset), ()
     return Gallery(
@@ -134,6 +145,14 @@ def draw_gallery(
         extra_share=1 - 2 * len(exhibit.previews) / len(wishes),
         remarks=remarks,
     )
+
+
+def _reference(dataset: PreparedDataset, picture: int, settings: JobSettings) -> dict[str, Any]:
+    """What a model of references draws a picture of the data set from, adapted or not: values of DrawSettings."""
+    paths = dataset.items[picture].conditions
+    if not paths or not families.family_class(settings.base_model).takes_reference:
+        return {}
+    return {"condition": (dataset.folder / paths[0],)}
 
 
 def _kind(wish: Wish) -> str:

@@ -51,7 +51,7 @@ def opened(settings: JobSettings, family: Family) -> Iterator[Start | None]:
         foreign.opened(held.path, family, settings.base_model) as folder,
     ):
         manifest = artifact.read_manifest(folder)
-        if manifest.family != family.name:
+        if manifest.family not in family.serves:
             raise UserError(
                 f"init_adapter was trained on a {manifest.family} ({manifest.base_model}) and {settings.base_model} is "
                 f"a {family.name}: start from weights of the same family."

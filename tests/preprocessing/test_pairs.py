@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing import archive, pairs
+from preprocessing import archive, pairs, sources
 from preprocessing.errors import UserError
 from preprocessing.limits import Limits
 from preprocessing.pictures import Picture, UnreadablePicture
@@ -120,6 +120,12 @@ def test_the_two_of_a_pair_are_held_out_together(subjects, tmp_path):
     assert pairs.record_of("a/left") == "a" and pairs.record_of("left") == "left" and pairs.record_of("a/b") == "a/b"
 
 
+@pytest.mark.parametrize("changes", [{"caption_column": "collection"}, {"condition_columns": ("image",)}])
+def test_pairs_have_their_own_captions_and_conditions(changes, subjects, tmp_path):
+    with pytest.raises(UserError, match=f"{next(iter(changes))}: pairs of pictures tell"):
+        prepare(settings(subjects, **changes), 8, tmp_path / "out")
+
+
 def test_a_layout_that_is_not_there_or_not_wanted(subjects, tmp_path):
     whole = prepare(settings(subjects, dataset_layout="single"), 8, tmp_path / "whole")
     assert len(whole.items) == 4 and not any(item.conditions for item in whole.items)
@@ -174,6 +180,7 @@ def test_conditions_in_a_table_may_be_named(tmp_path):
     for name in rows:
         table = table.cast_column(name, datasets.Image())
     table.to_parquet(tmp_path / "a.parquet")
+    assert [bool(sources.CONDITION.fullmatch(name)) for name in ("conditioning_image", "my_condition")] == [True, False]
     images = {"image_column": "image"}
     assert shades(prepare(settings(tmp_path / "a.parquet", **images), 8, tmp_path / "found")) == [([0], [2])]
     named = {"condition_columns": ("mine", "condition_2")}

@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -142,6 +143,15 @@ def tiny_omnigen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OmniGen2Pipeline folder: 32x32 pictures, 16x16 latents of 4 channels."""
     folder = tmp_path_factory.mktemp("models") / "omnigen2"
     save_tiny(folder)
+    (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_kontext(tmp_path_factory: pytest.TempPathFactory, tiny_flux: Path) -> Path:
+    """The tiny FLUX as a FluxKontextPipeline folder."""
+    folder = tmp_path_factory.mktemp("models") / "kontext"
+    FluxKontextPipeline.from_pretrained(tiny_flux, dtype=torch.float32).save_pretrained(folder)
     (folder / families.RECOMMENDED).write_text(FEW_STEPS, encoding="utf-8")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from trainer.branches import BranchPlan, Placement
 from trainer.families.flux import CONDITION_TARGETS
 from trainer.families.flux_branches import Branches, Condition, Conditions, remove_branches
+from trainer.methods import adapters
 from trainer.methods.adapters import inject
 
 TEXT, BATCH = 5, 2
@@ -52,11 +54,13 @@ def inputs(net: FluxTransformer2DModel, t: float = 0.7, seed: int = 0) -> dict[s
     }
 
 
-def pictures(count: int, seed: int = 20) -> list[Condition]:
+def pictures(count: int, seed: int = 20, **changes: Any) -> list[Condition]:
     placements = [Placement(), Placement((0, -4)), Placement((0, 0), 2.0), Placement((1, 7), 0.5)]
     sizes = [(8, 12), (4, 4), (4, 6), (6, 2)]
     chosen = zip(placements[:count], sizes, strict=False)
-    return [Condition(randn(BATCH, 4, *size, seed=seed + i), place) for i, (place, size) in enumerate(chosen)]
+    return [
+        Condition(randn(BATCH, 4, *size, seed=seed + i), place, **changes) for i, (place, size) in enumerate(chosen)
+    ]
 
 
 def off(net: FluxTransformer2DModel, on: bool = False) -> None:
@@ -65,25 +69,39 @@ def off(net: FluxTransformer2DModel, on: bool = False) -> None:
             layer._disable_adapters = not on
 
 
-def reference(net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions) -> Tensor:
-    """The whole as one sequence [text, picture, conditions] with a mask; every layer is applied twice, with and without
-    LoRA, and each token takes the one that is its own.
+def act(net: FluxTransformer2DModel, adapter: str | None) -> None:
+    """Have one adapter act, or none."""
+    off(net, on=adapter is not None)
+    for layer in net.modules():
+        if isinstance(layer, BaseTunerLayer) and adapter is not None:
+            layer._active_adapter = [adapter]
+
+
+def reference(
+    net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions, main: str | None = None
+) -> Tensor:
+    """The whole as one sequence [text, picture, conditions] with a mask; every layer is applied with each branch's
+    adapter, and each token takes the result that is its own.
     """
+    act(net, main)
     tokens = [FluxPipeline._pack_latents(one.latents, *one.latents.shape) for one in chosen.pictures]
     sizes = [given["hidden_states"].shape[1], *(one.shape[1] for one in tokens)]
     owner = torch.cat([torch.zeros(TEXT, dtype=torch.long)] + [torch.full((n,), i) for i, n in enumerate(sizes)])
     ids = [one.placement.ids(one.latents.shape[2] // 2, one.latents.shape[3] // 2, "cpu") for one in chosen.pictures]
     rotary = net.pos_embed(torch.cat([given["txt_ids"], given["img_ids"], *ids]))
     mine, other = owner[:, None], owner[None]
-    mask = (mine == other) | (mine == 0) | ((other == 0) & (not chosen.independent))
+    alone = torch.tensor([False, *(one.independent for one in chosen.pictures)])
+    mask = (mine == other) | (mine == 0) | ((other == 0) & ~alone[owner][:, None])
+
+    acting = [main, *(one.adapter for one in chosen.pictures)]
 
     def apply(layer: Any, x: Tensor, owners: Tensor) -> Tensor:
-        off(net)
-        plain = layer(x)
-        off(net, on=True)
-        adapted = layer(x)
-        off(net)
-        return torch.where((owners == 0).view(1, -1, 1), plain, adapted)
+        found = torch.zeros(())
+        for branch, adapter in enumerate(acting):
+            act(net, adapter)
+            found = torch.where((owners == branch).view(1, -1, 1), layer(x), found)
+        act(net, main)
+        return found
 
     def temb(t: Tensor, guidance: Tensor | None) -> Tensor:
         scaled = [t * 1000] + ([] if guidance is None else [guidance * 1000])
@@ -134,7 +152,7 @@ def reference(net: FluxTransformer2DModel, given: dict[str, Any], chosen: Condit
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_branches_are_one_sequence_with_a_mask(net, count, independent):
-    chosen = Conditions(pictures(count), independent)
+    chosen = Conditions(pictures(count, independent=independent))
     given = inputs(net)
     with torch.no_grad():
         expected = reference(net, given, chosen)
@@ -142,6 +160,39 @@ def test_branches_are_one_sequence_with_a_mask(net, count, independent):
         with branches.on(chosen):
             found = net(**given).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_each_branch_has_its_own_adapter(net):
+    """Two conditions of two adapters, one independent and one not, and a LoRA for text and picture."""
+    everywhere = r".*\.(?:to_[qkv]|add_[qkv]_proj|norm1\.linear|proj_mlp)|context_embedder"
+    for seed, (name, targets) in enumerate((("second", CONDITION_TARGETS), ("style", everywhere)), start=1):
+        for i, p in enumerate(inject(net, LoraConfig(r=2, lora_alpha=2, target_modules=targets), name)):
+            p.data = 0.2 * randn(*p.shape, seed=100 * seed + i)
+    net.eval()
+    first, second = pictures(2)
+    chosen = Conditions([first, replace(second, adapter="second", independent=True)])
+    given = inputs(net)
+    with torch.no_grad():
+        expected, plain = (reference(net, given, chosen, main) for main in ("style", None))
+        branches = Branches(net, "style")
+        with branches.on(chosen):
+            found = net(**given).sample
+            branches.main = None
+            branches.settle()
+            without = net(**given).sample
+            for layer in (one for one in net.modules() if isinstance(one, BaseTunerLayer)):
+                layer.set_scale("style", 0.0)
+            branches.main = "style"
+            branches.settle()
+            assert torch.equal(net(**given).sample, without)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(without, plain, rtol=1e-4, atol=2e-5)
+    assert (expected - plain).abs().max() > 1e-2
+    adapters.remove(net, "second")
+    assert set(net.peft_config) == {"default", "style"}
+    for name in ("default", "style"):
+        adapters.remove(net, name)
+    assert not hasattr(net, "peft_config") and not any(isinstance(one, BaseTunerLayer) for one in net.modules())
 
 
 def test_gradients_are_those_of_the_one_sequence_and_of_checkpointing(net):
@@ -186,7 +237,7 @@ def test_stored_keys_and_values_change_nothing(net, count):
     results = []
     with torch.no_grad():
         for stores in (None, {}):
-            with branches.on(Conditions(pictures(count), independent=True, stores=stores)):
+            with branches.on(Conditions(pictures(count, independent=True), stores=stores)):
                 results.append([net(**given).sample for given in steps])
     for plain, stored in zip(*results, strict=True):
         assert torch.equal(plain, stored)
@@ -198,8 +249,8 @@ def test_a_condition_does_not_see_another(net, monkeypatch):
     with torch.no_grad():
         for name, seed in (("a", 20), ("b", 40)):
             stores: dict[int, Any] = {}
-            changed = [pictures(2)[0], pictures(2, seed)[1]]
-            with Branches(net).on(Conditions(changed, independent=True, stores=stores)):
+            changed = [pictures(2, independent=True)[0], pictures(2, seed, independent=True)[1]]
+            with Branches(net).on(Conditions(changed, stores=stores)):
                 net(**given)
             (store,) = stores.values()
             seen[name] = [pair for layer in range(4) for pair in store.read(layer)]
@@ -212,12 +263,12 @@ def test_a_condition_does_not_see_another(net, monkeypatch):
 
 def test_strength_multiplies_the_weights_of_the_conditions_keys(net):
     """A strength of 2 is the condition given twice, where conditions are independent."""
-    (picture,) = pictures(1)
+    (picture,) = pictures(1, independent=True)
     branches, given = Branches(net), inputs(net)
     with torch.no_grad():
-        with branches.on(Conditions([picture], independent=True, strength=2.0)):
+        with branches.on(Conditions([picture], strength=2.0)):
             strong = net(**given).sample
-        with branches.on(Conditions([picture, picture], independent=True)):
+        with branches.on(Conditions([picture, picture])):
             twice = net(**given).sample
     torch.testing.assert_close(strong, twice, rtol=1e-4, atol=2e-5)
 
@@ -254,5 +305,6 @@ def test_positions_are_scaled_then_shifted():
 
 def test_a_plan_says_who_sees_whom():
     assert BranchPlan(2).sees(0) == (0, 1, 2) and BranchPlan(2).sees(2) == (0, 2)
-    assert BranchPlan(2, independent=True).sees(2) == (2,)
-    assert list(BranchPlan(2, independent=True, stored=True).computed) == [0]
+    assert BranchPlan(2, independent=frozenset({2})).sees(2) == (2,)
+    assert BranchPlan(2, independent=frozenset({2})).sees(1) == (0, 1)
+    assert list(BranchPlan(2, independent=frozenset({1, 2}), stored=True).computed) == [0]

@@ -64,12 +64,20 @@ def test_a_prompt_is_drawn_as_the_stock_pipeline_does(generator, tiny_model):
 
 
 @BOTH
-def test_a_negative_prompt_is_for_models_without_built_in_guidance(generator, tiny_model):
-    if tiny_model.name == "flux":
-        with pytest.raises(UserError, match="negative_prompt"):
-            drawn(generator, 1, negative_prompt="blurry")
-    else:
-        equal(drawn(generator, 1, negative_prompt="blurry"), call(stock(tiny_model), 1, negative_prompt="blurry"))
+def test_a_negative_prompt_is_a_second_call_also_beside_built_in_guidance(generator, tiny_model):
+    pipe, negative = stock(tiny_model), {"negative_prompt": "blurry"}
+    if tiny_model.name == "schnell":
+        equal(drawn(generator, 1, **negative), call(pipe, 1, **negative))
+        with pytest.raises(UserError, match="true_cfg_scale is for"):
+            drawn(generator, 1, true_cfg_scale=3.0)
+        return
+    equal(drawn(generator, 1, **negative), call(pipe, 1, true_cfg_scale=2.0, **negative))
+    equal(drawn(generator, 1, true_cfg_scale=3.0, **negative), call(pipe, 1, true_cfg_scale=3.0, **negative))
+    # asked for without one: away from no prompt at all
+    equal(drawn(generator, 1, true_cfg_scale=3.0), call(pipe, 1, true_cfg_scale=3.0, negative_prompt=""))
+    assert (np.asarray(drawn(generator, 1)) != np.asarray(drawn(generator, 1, true_cfg_scale=3.0))).any()
+    with pytest.raises(UserError, match="negative_prompt has no effect"):
+        drawn(generator, 1, true_cfg_scale=1.0, **negative)
 
 
 @BOTH

@@ -256,3 +256,63 @@ def test_the_usual_base_is_told_by_the_shape(
     save_file(tensors, tmp_path / "x.safetensors", metadata=header or None)
     found = foreign.base_of(tmp_path)
     assert found is None if base is None else base in found
+
+
+FLUX_ONLY = pytest.mark.parametrize("tiny_model", ["flux"], indirect=True)
+TUNER = "output/flux_train_replicate"  # where flux-fine-tuner's tar has its files
+TUNER_CONFIG = """
+job: custom_job
+config:
+  name: flux_train_replicate
+  process:
+  - type: custom_sd_trainer
+    training_folder: output
+    trigger_word: WORD
+    network: {type: lora, linear: 16, linear_alpha: 16}
+"""
+
+
+@FLUX_ONLY
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (TUNER_CONFIG.replace("WORD", "NDRS"), "NDRS"),
+        (TUNER_CONFIG.replace("trigger_word: WORD", "device: cuda:0"), "TOK"),
+        (None, "TOK"),
+        ("just: [a, file]", "TOK"),
+        ("config: {process: {}}", "TOK"),
+        ("a: &a [*a]\nconfig: [1]", "TOK"),
+    ],
+)
+def test_flux_fine_tuners_archive_tells_its_trigger(
+    config, word, trained, generator: Generator, tmp_path: Path
+) -> None:
+    ours = trained("lora", lora_alpha=None, lora_targets="attention")
+    weights = as_file(load_file(ours / artifact.ADAPTER), tmp_path / "plain")
+    files = {f"{TUNER}/lora.safetensors": weights, f"{TUNER}/optimizer.pt": b"never read", f"{TUNER}/a b.txt": b""}
+    if config is not None:
+        files[f"{TUNER}/config.yaml"] = config.encode()
+    theirs = pack(tmp_path / "theirs.tar", files)
+    same(generator, ours, theirs)
+    generator.use(theirs)
+    assert generator.manifests[0].trigger_word == word
+    assert foreign.base_of(ours) == str(generator.base_model)
+
+
+@FLUX_ONLY
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (b"config: [", "config.yaml of the weights is damaged"),
+        (b"\xff\xfe\xff", "damaged"),
+        (b"[" * 5000, "damaged"),
+        (b"#" * (2**20 + 1), "longer than 1 MiB"),
+        (b"!!python/object/apply:os.system [true]", "damaged"),
+        (TUNER_CONFIG.replace("WORD", "two words").encode(), "one word is wanted"),
+    ],
+)
+def test_a_configuration_that_is_none_is_told(config, words, trained, generator: Generator, tmp_path: Path) -> None:
+    weights = as_file(load_file(trained("lora") / artifact.ADAPTER), tmp_path / "plain")
+    theirs = pack(tmp_path / "theirs.tar", {"lora.safetensors": weights, "config.yaml": config})
+    with pytest.raises(UserError, match=words):
+        generator.use(theirs)

@@ -15,7 +15,7 @@ import train
 SLOW = {"flux_compact", "flux_feature_reuse", "flux_multi_condition", "flux_lora"}  # alike others
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 BASES = {
-    **{"toybox": "tiny_sd", "sd15": "tiny_sd", "sdxl": "tiny_xl", "flux": "tiny_flux"},
+    **{"toybox": "tiny_sd", "sd15": "tiny_sd", "sdxl": "tiny_xl", "flux_kontext": "tiny_kontext", "flux": "tiny_flux"},
     **{"kandinsky22_prior": "tiny_prior", "kandinsky22_decoder": "tiny_decoder", "omnigen2": "tiny_omnigen2"},
     "pixel_ar": "pixel_ar",
 }

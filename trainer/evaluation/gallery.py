@@ -26,20 +26,25 @@ class Wish:
 Drawn = dict[Wish, Image.Image]
 
 
+def strength_only(strength: float | None) -> dict[str, Any]:
+    """Weights at a strength, and nothing else."""
+    return {} if strength is None else {"lora_scale": strength}
+
+
 def drawn(
     job: JobSettings,
     archive: Path,
     wishes: Iterable[Wish],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    drawn_at: Callable[[float], dict[str, Any]] = lambda strength: {"lora_scale": strength},
+    drawn_at: Callable[[float | None], dict[str, Any]] = strength_only,
 ) -> Drawn:
     """All wishes from the saved archive of a job at its trained size, by the code that `predict` uses. `drawn_at` says
-    how the archive's weights draw at a strength (values of DrawSettings).
+    how the archive's weights draw at a strength, or the base model at None (values of DrawSettings).
     """
     by_strength: dict[float | None, list[Wish]] = {None: []}
     for wish in dict.fromkeys(wishes):
         by_strength.setdefault(wish.strength, []).append(wish)
-    generator = Generator(job.base_model, companion=job.companion_model)
+    generator = Generator(job.base_model, companion=job.companion_model, precision=job.base_precision)
     stride = generator.geometry.stride
     side = max(stride, job.resolution // stride * stride)
     found, total = {}, sum(map(len, by_strength.values()))
@@ -48,8 +53,7 @@ def drawn(
             generator.use(archive)
         if not group:
             continue
-        how = {} if strength is None else drawn_at(strength)
-        settings = DrawSettings(prompt="", width=side, height=side, **how)
+        settings = DrawSettings(prompt="", width=side, height=side, **drawn_at(strength))
         pictures = generator.draw_prompts([wish.prompt for wish in group], [wish.seed for wish in group], settings)
         found |= dict(zip(group, pictures, strict=True))
         progress(len(found), total)

@@ -28,6 +28,7 @@ PIPELINES = {
     "StableDiffusionXLPipeline": ("trainer.families.stable_diffusion", "StableDiffusionXL"),
     "FluxPipeline": ("trainer.families.flux", "Flux"),
     "OmniGen2Pipeline": ("trainer.families.omnigen2.family", "OmniGen2"),
+    "FluxKontextPipeline": ("trainer.families.flux_kontext", "FluxKontext"),
     "KandinskyV22PriorPipeline": ("trainer.families.kandinsky22.prior", "Prior"),
     "KandinskyV22Pipeline": ("trainer.families.kandinsky22.decoder", "Decoder"),
     "PixelARPipeline": ("trainer.families.pixel_ar.family", "PixelAutoregressive"),

@@ -21,6 +21,8 @@ from trainer.objectives import Objective, masked_mean
 from trainer.samples import Batch, Conditioning, Picture, Sample
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from trainer.model_card import Place
 
 DENOISER, TEXT, VAE = "denoiser", "text", "vae"
@@ -36,7 +38,7 @@ DDPM_SCHEDULERS = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-# Not stored in 8 bits: adapters, and the small layers around the blocks that all of a prediction passes.
+# Not stored in 8 or 4 bits: adapters, and the small layers around the blocks that all of a prediction passes.
 FULL_PRECISION = (r"lora_", r"embed", r"^conv_in", r"^conv_out", r"^proj_out", r"^norm_out")
 FLOW_SCHEDULERS = {"euler": ("FlowMatchEulerDiscreteScheduler", {})}
 
@@ -95,6 +97,8 @@ class Drawable(Conditionable, ABC):
     device: torch.device
     # settings of a picture beside those that all have (names in trainer.drawing.FOR_SOME); the pipeline takes them
     draw_options: ClassVar[tuple[str, ...]] = ()
+    # whether each picture is drawn from another one: in training the data set's first condition of it
+    takes_reference: ClassVar[bool] = False
 
     @property
     def serves(self) -> tuple[str, ...]:
@@ -144,11 +148,32 @@ class Drawable(Conditionable, ABC):
         prompt, or `negative_conditioning` where there is none; both have B rows.
         """
 
-    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
-        """The argument by which the pipeline takes the guidance scale. UserError for a negative prompt that the model
-        has no use for.
+    def guidance_inputs(
+        self, scale: float, negative_prompt: str, true_cfg_scale: float | None = None
+    ) -> dict[str, float]:
+        """The arguments by which the pipeline takes the guidance scale and, where guidance is built into a model, that
+        of a second call. UserError for the latter where there is no other.
         """
+        if true_cfg_scale is not None:
+            raise UserError("true_cfg_scale is for a model with built-in guidance (FLUX dev): use guidance_scale.")
         return {"guidance_scale": scale}
+
+    def reference_inputs(self, size: tuple[int, int], reference: Image.Image | None) -> dict[str, Any]:
+        """The arguments by which the pipeline draws (width, height) pixels from a reference of that size, or none; of a
+        model that takes one.
+        """
+        return {}
+
+    def quantise(self, precision: str) -> None:
+        """Keep the denoisers' linear weights in 8 or 4 bits (see `trainer.families.quantised`), for good. Before `to`
+        and before a method attaches. UserError where bitsandbytes is missing.
+        """
+        from trainer.families import quantised
+
+        for net in (net for net in self.nets if net.part == DENOISER):
+            module = self.module(net.name)
+            kind = next(p.dtype for p in module.parameters())
+            quantised.quantise(module, precision, FULL_PRECISION, kind)
 
     def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """LoRA of other programs with the layers of the model's first code taken for diffusers' modules."""
@@ -326,7 +351,12 @@ class Family(Drawable):
             code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
         code += cls._tokens_for(manifest, place)
         words = "".join(manifest.tokens) or manifest.trigger_word
-        return "\n".join([*code, f"picture = pipe({quoted(f'a photo of {words}')}).images[0]"])
+        return "\n".join([*code, f"picture = {cls._call_with(f'a photo of {words}')}.images[0]"])
+
+    @classmethod
+    def _call_with(cls, prompt: str) -> str:
+        """Python that calls `pipe`."""
+        return f"pipe({quoted(prompt)})"
 
     @classmethod
     def _imports_for(cls, manifest: Manifest, place: Place) -> list[str]:

@@ -39,7 +39,9 @@ class Conditionable:
 
     def add_branches(self, layout: Layout) -> None:
         """Let `predict` read condition_0, condition_1, ... (latents [B, C, h, w]) of its conditioning, and `hole` where
-        the layout integrates tokens; the denoiser's LoRA acts on the conditions alone. See `condition_layers`.
+        the layout integrates tokens. The denoiser's adapter that the layout names acts on these conditions alone, see
+        `condition_layers`; one that no layout names, put in before, acts on text and picture. A further layout has the
+        conditions behind those of the layouts before.
         """
         raise NotImplementedError
 

@@ -2,13 +2,13 @@
 
 Black Forest Labs 2024. The latents [B, C, h, w] are packed 2x2 into tokens [B, h/2 * w/2, 4 C]; a token's position is
 (0, row, column), text lies at (0, 0, 0). dev has guidance built in (distilled into an embedding), which is 1 in
-training; where the config has no such embedding, guidance at drawing is by a second call without the prompt.
+training; where the config has no such embedding, guidance at drawing is by a second call without the prompt. dev makes
+the second call for a negative prompt alone, or where it is asked to.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +54,7 @@ CONDITION_TARGETS = (
 )
 CLIP_TARGETS = dict.fromkeys(TRANSFORMER_TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
+TRUE_CFG_SCALE = 2.0  # of dev with a negative prompt: beside the built-in guidance, which acts in both calls
 DEV_T5_TOKENS, SCHNELL_T5_TOKENS = 512, 256  # the lengths of T5 that the two were trained with
 
 
@@ -106,7 +107,7 @@ class Flux(PipelineFamily):
             Net("text_encoder_2", TEXT, {}),  # T5 is read through, and never adapted: it is larger than all SDXL
         )
         self.branches: Branches | None = None
-        self._layout: Layout | None = None
+        self._layouts: tuple[Layout, ...] = ()
         if pipe.text_encoder_2 is not None:
             # one module and not two that share a weight, so that new tokens are put into both names alike
             pipe.text_encoder_2.set_input_embeddings(pipe.text_encoder_2.get_input_embeddings())
@@ -148,9 +149,9 @@ class Flux(PipelineFamily):
         }
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        if self._layout is None:
+        if not self._layouts:
             return self._velocity(noisy, t, conditioning)
-        if self._layout.integrated:  # every row has its own tokens, and their number differs
+        if HOLE in conditioning:  # every row has its own tokens, and their number differs
             rows = [{name: value[i : i + 1] for name, value in conditioning.items()} for i in range(len(noisy))]
             return torch.cat([self._under(noisy[i : i + 1], t[i : i + 1], row) for i, row in enumerate(rows)])
         return self._under(noisy, t, conditioning)
@@ -161,43 +162,59 @@ class Flux(PipelineFamily):
 
     def conditions_of(self, conditioning: Conditioning) -> Conditions:
         """What `branches` are to compute for a conditioning as in `add_branches`."""
-        latents = [conditioning[name] for name in sorted(conditioning) if re.fullmatch(r"condition_\d+", name)]
-        if HOLE not in conditioning:
-            pairs = zip(latents, self._layout.placements, strict=False)
-            return Conditions([Condition(*pair) for pair in pairs], self._layout.independent)
-        hole = conditioning[HOLE][0].flatten()
-        generated, kept = hole.nonzero().flatten(), (~hole).nonzero().flatten()
-        known = Condition(latents[0], self._layout.placements[0], kept)
-        # with nothing known there is no condition, and with nothing to draw nothing to condition
-        pictures = [known] if len(kept) and len(generated) else []
-        return Conditions(pictures, self._layout.independent, generated=generated, known=latents[0])
+        given = [(layout, placement) for layout in self._layouts for placement in layout.placements]
+        found = Conditions()
+        pictures: list[Condition] = []
+        for index, (layout, placement) in enumerate(given):
+            latents = conditioning.get(f"condition_{index}")
+            if latents is None:
+                continue
+            kept = None
+            if layout.integrated:
+                hole = conditioning[HOLE][0].flatten()
+                found.known, found.generated, kept = latents, hole.nonzero().flatten(), (~hole).nonzero().flatten()
+                if not len(kept):  # with nothing known there is no condition
+                    continue
+            pictures.append(Condition(latents, placement, kept, layout.independent, layout.adapter))
+        if found.generated is None or len(found.generated):  # with nothing to draw there is nothing to condition
+            found.pictures = pictures
+        return found
 
     def condition_layers(self) -> tuple[str, str]:
         last = len(self._pipe.transformer.single_transformer_blocks) - 1
         return CONDITION_TARGETS, rf"single_transformer_blocks\.{last}\.(?:attn\.to_q|proj_mlp|proj_out)"
 
     def add_branches(self, layout: Layout) -> None:
-        self.remove_branches()
-        self.branches, self._layout = Branches(self._pipe.transformer), layout
+        net = self._pipe.transformer
+        if self.branches is None:
+            remove_branches(net)  # some may be left of an attempt that was stopped
+            self.branches = Branches(net)
+        self._layouts += (layout,)
+        theirs = {one.adapter for one in self._layouts}
+        # an adapter that is no condition's is the text's and the picture's
+        self.branches.main = next((name for name in getattr(net, "peft_config", {}) if name not in theirs), None)
+        self.branches.settle()
 
     def remove_branches(self) -> None:
         remove_branches(self._pipe.transformer)
-        self.branches = self._layout = None
+        self.branches, self._layouts = None, ()
 
     @contextmanager
     def conditioned(self, conditioning: Conditioning, strength: float) -> Iterator[None]:
         chosen = self.conditions_of(conditioning)
-        chosen.strength, chosen.stores = strength, {} if self._layout.independent else None
+        reusable = all(one.independent for one in chosen.pictures)
+        chosen.strength, chosen.stores = strength, {} if reusable else None
+        self.branches.settle()
         with self.branches.on(chosen):
             yield
 
     @contextmanager
     def unconditioned(self) -> Iterator[None]:
-        layout, self._layout = self._layout, None
+        layouts, self._layouts = self._layouts, ()
         try:
             yield
         finally:
-            self._layout = layout
+            self._layouts = layouts
 
     @property
     def pixels_per_token(self) -> int:
@@ -208,20 +225,25 @@ class Flux(PipelineFamily):
         """Pixels to draw, bool [H, W] -> the tokens that hold one of them, bool [1, h / 2, w / 2]."""
         return nn.functional.max_pool2d(hole[None].float(), self.pixels_per_token).bool()
 
+    def _sequence(self, noisy: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """The tokens [B, n, 4 C] that are read beside the text, the picture's first, and their ids [n, 3]."""
+        tokens = FluxPipeline._pack_latents(noisy.to(self.dtype), *noisy.shape)
+        return tokens, grid_ids(*noisy.shape[-2:], noisy.device)
+
     def _velocity(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        count, channels, height, width = noisy.shape
+        height, width = noisy.shape[-2:]
         context = conditioning["context"].to(self.dtype)
-        tokens = self._pipe.transformer(
-            hidden_states=FluxPipeline._pack_latents(noisy.to(self.dtype), count, channels, height, width),
+        tokens, ids = self._sequence(noisy, conditioning)
+        velocity = self._pipe.transformer(
+            hidden_states=tokens,
             timestep=t,
             guidance=torch.ones_like(t) if self.guided else None,
             pooled_projections=conditioning["pooled"].to(self.dtype),
             encoder_hidden_states=context,
-            # in fp32: bf16 cannot count beyond 256
             txt_ids=torch.zeros(context.shape[1], 3, device=noisy.device),
-            img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, torch.float32),
-        ).sample
-        return FluxPipeline._unpack_latents(tokens, height, width, 1).float()
+            img_ids=ids,
+        ).sample[:, : height * width // 4]
+        return FluxPipeline._unpack_latents(velocity, height, width, 1).float()
 
     @classmethod
     def _pooling(cls, encoder: str) -> str:
@@ -236,15 +258,26 @@ class Flux(PipelineFamily):
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
 
-    def guidance_inputs(self, scale: float, negative_prompt: str) -> dict[str, float]:
+    def guidance_inputs(
+        self, scale: float, negative_prompt: str, true_cfg_scale: float | None = None
+    ) -> dict[str, float]:
         if not self.guided:
-            return {"true_cfg_scale": scale}
-        if negative_prompt:
-            raise UserError("negative_prompt cannot be used with FLUX dev, whose guidance is built in: leave it empty.")
-        return {"guidance_scale": scale}
+            return {"true_cfg_scale": super().guidance_inputs(scale, negative_prompt, true_cfg_scale)["guidance_scale"]}
+        if true_cfg_scale is None:
+            true_cfg_scale = TRUE_CFG_SCALE if negative_prompt else 1.0
+        elif true_cfg_scale == 1 and negative_prompt:
+            raise UserError("negative_prompt has no effect with true_cfg_scale 1: raise it or leave it out.")
+        return {"guidance_scale": scale, "true_cfg_scale": true_cfg_scale}
 
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         flux_keys.save(path, tensors, manifest, self._pipe.transformer)
 
     def own_keys(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return flux_keys.to_own_names(tensors, self._pipe.transformer)
+
+
+def grid_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """(0, row, column) of the tokens of latents [.., height, width]: [height * width / 4, 3], in fp32, for bf16 cannot
+    count beyond 256.
+    """
+    return FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, device, torch.float32)

@@ -1,8 +1,9 @@
 """FLUX's transformer with condition pictures beside text and image, each in a branch of its own.
 
-A condition is clean: its modulation is that of t = 0 with a guidance of 1. LoRA acts on its tokens alone; text and
-image stay on the base weights. The stock blocks cannot do this (they modulate and project all tokens alike), so that
-while branches are in, `forward` of the transformer and of its blocks is replaced by what is below.
+A condition is clean: its modulation is that of t = 0 with a guidance of 1. Its LoRA acts on its tokens alone; text and
+image stay on the base weights, or have a LoRA of their own. The stock blocks cannot do this (they modulate and project
+all tokens alike), so that while branches are in, `forward` of the transformer and of its blocks is replaced by what is
+below.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ class Condition:
     latents: Tensor
     placement: Placement
     kept: Tensor | None = None  # indices of the tokens that are used; None: all
+    independent: bool = False  # sees neither text nor picture
+    adapter: str = "default"  # that acts on its tokens
 
 
 @dataclass
 class Conditions:
-    """What the next forward passes are conditioned on. `store` makes them reuse keys and values (independent only).
+    """What the next forward passes are conditioned on. `stores` make them reuse keys and values, where all conditions
+    are independent.
 
     With `generated` (indices of the picture's tokens) the first branch holds these tokens alone; all others are known:
     `known` [B, C, h, w] are their clean latents, and their velocity is the one that leads straight there.
     """
 
     pictures: Sequence[Condition] = ()
-    independent: bool = False
     strength: float = 1.0
     stores: dict[int, Store] | None = None  # by the pooled text of the pass
     generated: Tensor | None = None
@@ -56,6 +59,7 @@ class _Step:
     """One forward pass: what every block needs of it."""
 
     plan: BranchPlan
+    adapters: list[str | None]  # of each branch
     tembs: list[Tensor]  # [B, D] of each branch
     rotary: list[Rotary]
     strength: float
@@ -65,9 +69,12 @@ class _Step:
 
 @dataclass
 class Branches:
-    """Branches put into a transformer. With no conditions set, it computes what the stock one does."""
+    """Branches put into a transformer. With no conditions set, it computes what the stock one does with the adapter
+    `main` (peft's name; None: without any).
+    """
 
     transformer: FluxTransformer2DModel
+    main: str | None = None
     conditions: Conditions = field(default_factory=Conditions)
 
     def __post_init__(self) -> None:
@@ -78,7 +85,11 @@ class Branches:
             block.forward = partial(_double, block, index, block.forward)
         for index, block in enumerate(net.single_transformer_blocks, len(net.transformer_blocks)):
             block.forward = partial(_single, block, index, block.forward)
-        _route(net, on=False)
+        self.settle()
+
+    def settle(self) -> None:
+        """Have text and picture on `main`, after adapters or their strengths were changed."""
+        _route(self.transformer, self.main)
 
     @contextmanager
     def on(self, conditions: Conditions) -> Iterator[None]:
@@ -105,9 +116,9 @@ class Branches:
         net, chosen = self.transformer, self.conditions
         step = self._step(tokens, context, given)
         streams = [net.x_embedder(tokens)]
-        if not step.plan.stored:
-            with _routed(net.x_embedder):
-                streams += [net.x_embedder(_packed(one, tokens)) for one in chosen.pictures]
+        for one in () if step.plan.stored else chosen.pictures:
+            with _routed(net.x_embedder, one.adapter, self.main):
+                streams.append(net.x_embedder(_packed(one, tokens)))
         text = net.context_embedder(context)
         for block in net.transformer_blocks:
             text, streams = self._call(block, text, streams, step)
@@ -128,7 +139,8 @@ class Branches:
         store = (
             None if chosen.stores is None else chosen.stores.setdefault(given["pooled_projections"].data_ptr(), Store())
         )
-        plan = BranchPlan(len(chosen.pictures), chosen.independent, stored=bool(store))
+        independent = frozenset(i for i, one in enumerate(chosen.pictures, start=1) if one.independent)
+        plan = BranchPlan(len(chosen.pictures), independent, stored=bool(store))
         guidance, pooled, dtype = given.get("guidance"), given["pooled_projections"], net.x_embedder.weight.dtype
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else dtype
         times = [(given["timestep"], guidance)]
@@ -144,7 +156,8 @@ class Branches:
         if not plan.stored:
             rotary += [net.pos_embed(_ids(one)) for one in chosen.pictures]
         last = (net.single_transformer_blocks or net.transformer_blocks)[-1]
-        return _Step(plan, tembs, rotary, chosen.strength, store, last)
+        adapters = [self.main, *(one.adapter for one in chosen.pictures)]
+        return _Step(plan, adapters, tembs, rotary, chosen.strength, store, last)
 
 
 def remove_branches(net: FluxTransformer2DModel) -> None:
@@ -154,7 +167,8 @@ def remove_branches(net: FluxTransformer2DModel) -> None:
         ours = (getattr(forward, "func", None), getattr(forward, "__func__", None))
         if {_double, _single, Branches._forward} & set(ours):
             del module.forward
-    _route(net, on=True)
+    for layer in _tuner_layers(net):
+        layer._disable_adapters = False
 
 
 def _packed(condition: Condition, like: Tensor) -> Tensor:
@@ -179,20 +193,30 @@ def _scattered(sample: Tensor, noisy: Tensor, chosen: Conditions, t: Tensor) -> 
     return whole.scatter(1, index, sample.to(noisy))
 
 
-def _route(module: nn.Module, on: bool) -> None:
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer._disable_adapters = not on  # peft's own switch would also freeze the matrices
+def _tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _route(module: nn.Module, adapter: str | None) -> None:
+    """Have the module's adapter of that name act and no other, or none."""
+    for layer in _tuner_layers(module):
+        # peft's own switches would also freeze and thaw the matrices. DoRA's magnitudes know no scale, not even of 0.
+        layer._disable_adapters = adapter is None or not layer.scaling.get(adapter)
+        if adapter is not None:
+            layer._active_adapter = [adapter]
 
 
 @contextmanager
-def _routed(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's adapters act."""
-    _route(module, on=True)
+def _routed(module: nn.Module, adapter: str | None, main: str | None) -> Iterator[None]:
+    """Inside, the module's adapter of that name acts in place of `main`."""
+    if adapter == main:
+        yield
+        return
+    _route(module, adapter)
     try:
         yield
     finally:
-        _route(module, on=False)
+        _route(module, main)
 
 
 def _heads(attention: nn.Module, states: Tensor, names: Sequence[str]) -> list[Tensor]:
@@ -242,7 +266,7 @@ def _double(block: nn.Module, layer: int, stock: Any, *given: Any, **named: Any)
     text_heads = _heads(block.attn, states, ADDED)
     queries, computed, gates = [], [], []
     for branch, stream in enumerate(streams):
-        with _routed_if(block, branch != MAIN):
+        with _routed(block, step.adapters[branch], step.adapters[MAIN]):
             states, *gate = block.norm1(stream, emb=step.tembs[branch])
             heads = _heads(block.attn, states, OWN)
         if branch == MAIN:
@@ -256,7 +280,7 @@ def _double(block: nn.Module, layer: int, stock: Any, *given: Any, **named: Any)
     text = _fed(text, (block.attn.to_add_out(text_read), text_gates), block.norm2_context, block.ff_context)
     found = []
     for branch, (stream, read) in enumerate(zip(streams, [image_read, *others], strict=True)):
-        with _routed_if(block, branch != MAIN):
+        with _routed(block, step.adapters[branch], step.adapters[MAIN]):
             read = block.attn.to_out[1](block.attn.to_out[0](read))
             found.append(_fed(stream, (read, gates[branch]), block.norm2, block.ff))
     return text, found
@@ -277,7 +301,7 @@ def _single(block: nn.Module, layer: int, stock: Any, *given: Any, **named: Any)
     streams, step = given
     queries, computed, rests = [], [], []
     for branch, stream in enumerate(streams):
-        with _routed_if(block, branch != MAIN):
+        with _routed(block, step.adapters[branch], step.adapters[MAIN]):
             states, gate = block.norm(stream, emb=step.tembs[branch])
             read = branch == MAIN or block is not step.last
             query, part = _rotated(_heads(block.attn, states, OWN), step.rotary[branch])
@@ -288,19 +312,10 @@ def _single(block: nn.Module, layer: int, stock: Any, *given: Any, **named: Any)
     found = []
     for branch, result in enumerate(results):
         gate, mlp = rests[branch]
-        with _routed_if(block, branch != MAIN):
+        with _routed(block, step.adapters[branch], step.adapters[MAIN]):
             added = block.proj_out(torch.cat([result, mlp], dim=2))
         found.append(_clipped(streams[branch] + gate.unsqueeze(1) * added))
     return found
-
-
-@contextmanager
-def _routed_if(block: nn.Module, on: bool) -> Iterator[None]:
-    if not on:
-        yield
-        return
-    with _routed(block):
-        yield
 
 
 def _clipped(stream: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,16 +32,25 @@ def lora_config(settings: JobSettings, targets: tuple[str, ...]) -> LoraConfig:
     )
 
 
-def inject(module: nn.Module, config: PeftConfig) -> list[nn.Parameter]:
+def inject(module: nn.Module, config: PeftConfig, adapter: str = ADAPTER) -> list[nn.Parameter]:
     """Put an adapter into a net in place; its parameters, in fp32."""
     before = {id(p) for p in module.parameters()}
-    inject_adapter_in_model(config, module, ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        inject_adapter_in_model(config, module, adapter)
     cast_training_params(module, torch.float32)
     return [p for p in module.parameters() if p.requires_grad and id(p) not in before]
 
 
-def remove(module: nn.Module) -> None:
-    """Take every adapter out; the net's own weights were never touched."""
+def remove(module: nn.Module, adapter: str = ADAPTER) -> None:
+    """Take an adapter out, and where it is the only one peft's layers too; the net's own weights were never touched."""
+    others = [name for name in getattr(module, "peft_config", {}) if name != adapter]
+    if others:
+        for layer in tuner_layers(module):
+            layer.set_adapter(others[:1], inference_mode=True)
+            layer.delete_adapter(adapter)
+        module.peft_config.pop(adapter, None)
+        return
     recurse_remove_peft_layers(module)
     if hasattr(module, "peft_config"):
         del module.peft_config
@@ -91,12 +101,14 @@ def saved_configs(folder: Path, family: Family) -> dict[str, LoraConfig]:
         raise UserError(f"{artifact.MANIFEST} of the weights: nets: {error}; train again or copy it again.") from error
 
 
-def put_in(module: nn.Module, name: str, config: LoraConfig, tensors: dict[str, Tensor]) -> list[nn.Parameter]:
+def put_in(
+    module: nn.Module, name: str, config: LoraConfig, tensors: dict[str, Tensor], adapter: str = ADAPTER
+) -> list[nn.Parameter]:
     """Put an adapter with an archive's weights into the net called `name`; its parameters. UserError at a misfit."""
-    parameters = inject(module, config)
+    parameters = inject(module, config, adapter)
     state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    check_fit(name, state, get_peft_model_state_dict(module, adapter_name=ADAPTER))
-    set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+    check_fit(name, state, get_peft_model_state_dict(module, adapter_name=adapter))
+    set_peft_model_state_dict(module, state, adapter_name=adapter)
     return parameters
 
 
@@ -113,11 +125,11 @@ def check_layers(net: Net, module: nn.Module, tensors: dict[str, Tensor], preset
         )
 
 
-def load_lora(folder: Path, family: Family, configs: dict[str, LoraConfig]) -> None:
+def load_lora(folder: Path, family: Family, configs: dict[str, LoraConfig], adapter: str) -> None:
     """Put an archive's LoRA weights into the family's nets; raises UserError where the weights do not fit them."""
     tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
     for name, config in configs.items():
-        put_in(family.module(name), name, config, tensors)
+        put_in(family.module(name), name, config, tensors, adapter)
         family.module(name).requires_grad_(False)
 
 
@@ -129,9 +141,9 @@ def check_fit(net: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
         raise UserError(f"The weights do not fit the base model's {net} (at {odd[0]}): use the base they were made on.")
 
 
-def set_scale(module: nn.Module, strength: float) -> None:
+def set_scale(module: nn.Module, strength: float, adapter: str) -> None:
     """Scale what the LoRA layers add; 1 is as trained, 0 the base model."""
     for layer in tuner_layers(module):
         if hasattr(layer, "set_scale"):
-            layer.set_scale(ADAPTER, strength)
+            layer.set_scale(adapter, strength)
             layer.enable_adapters(strength != 0)  # DoRA's magnitudes know no scale

@@ -35,6 +35,17 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a picture is drawn from: RGB pictures of its size, which with `ready` are the conditions themselves, and the
+    pixels to draw, bool [H, W].
+    """
+
+    pictures: tuple[Image.Image, ...]
+    ready: bool = False
+    hole: np.ndarray | None = None
+
+
 class Method(ABC):
     """One way to adapt. `attach` changes the family, `detach` takes every change back, bit for bit."""
 
@@ -50,9 +61,15 @@ class Method(ABC):
     # whether pictures are drawn from condition pictures: no stock pipeline and no other program draws with the adapter,
     # and what is drawn is meant to look like pictures of the data set
     draws_from_conditions: ClassVar[bool] = False
+    adapter: str = "default"  # peft's name for what `load` puts in: of several methods in one net each has its own
 
     def __init__(self, settings: JobSettings):
         self.settings = settings
+
+    @property
+    def condition_count(self) -> int:
+        """How many condition pictures it draws from."""
+        return 0
 
     @abstractmethod
     def attach(self, family: Family) -> list[ParameterGroup]:
@@ -116,13 +133,15 @@ class Method(ABC):
         """
         return {"lora_scale": strength}
 
-    def drawing_conditioning(
-        self, family: Drawable, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
-    ) -> Conditioning:
-        """What condition pictures (RGB, of the drawn picture's size) add to its conditioning, [1, ...] each. `ready`:
-        they are the conditions themselves; `hole`: the pixels to draw, bool [H, W].
+    def drawing_conditioning(self, family: Drawable, shown: Shown) -> Conditioning:
+        """What condition pictures add to a drawn picture's conditioning: condition_0, condition_1, ... and what else
+        the family's `conditioned` reads, [1, ...] each.
         """
         raise UserError(f"condition: weights trained by method {self.name} draw from no condition picture; leave it.")
+
+    def finished(self, drawn: Image.Image, shown: Shown) -> Image.Image:
+        """A drawn picture with what is known of it put back."""
+        return drawn
 
     @abstractmethod
     def disabled(self, family: Family) -> AbstractContextManager[None]:

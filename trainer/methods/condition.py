@@ -27,7 +27,7 @@ from trainer.condition_tasks import Task, blackened, task
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
-from trainer.methods.base import Method, ParameterGroup, weights_factor
+from trainer.methods.base import Method, ParameterGroup, Shown, weights_factor
 from trainer.methods.lora import WEIGHTS, weights_group
 from trainer.samples import Batch, Conditioning, Picture
 
@@ -110,7 +110,7 @@ class Condition(Method):
             delta = settings.position_delta or (None if one.apart else (0.0, 0.0))
             scale = settings.position_scale or (1.0 if one.apart else 1 / self._share(one))
             placements.append(Placement(delta, scale))
-        return Layout(tuple(placements), settings.independent_condition, settings.token_integration)
+        return Layout(tuple(placements), settings.independent_condition, settings.token_integration, self.adapter)
 
     def _share(self, one: Task) -> float:
         """The condition's side over the picture's."""
@@ -227,24 +227,28 @@ class Condition(Method):
             right.save(given["mask"])
         return given
 
-    def drawing_conditioning(
-        self, family: Drawable, pictures: list[Image.Image], ready: bool, hole: np.ndarray | None
-    ) -> Conditioning:
-        """The conditions of a picture to be drawn, [1, C, h, w] each: made from `pictures` (RGB, of its size), or these
-        themselves where they are `ready`.
-        """
-        if len(pictures) != len(self.tasks):
-            raise UserError(f"condition: these weights want {len(self.tasks)} pictures, not {len(pictures)}.")
+    @property
+    def condition_count(self) -> int:
+        return len(self.tasks)
+
+    def drawing_conditioning(self, family: Drawable, shown: Shown) -> Conditioning:
         given: Conditioning = {}
-        for index, (one, picture) in enumerate(zip(self.tasks, pictures, strict=True)):
-            made = picture if ready or one.paired else one.condition(picture, None)
-            filled = blackened(made, hole if one.has_holes else None)
+        for index, (one, picture) in enumerate(zip(self.tasks, shown.pictures, strict=True)):
+            made = picture if shown.ready or one.paired else one.condition(picture, None)
+            filled = blackened(made, shown.hole if one.has_holes else None)
             given[f"condition_{index}"] = self._latents(family, [self._sized(filled, one, family)])
         if self.settings.token_integration:
-            if hole is None:
+            if shown.hole is None:
                 raise UserError("mask is missing: these weights draw what is white in it and keep the rest.")
-            given[HOLE] = family.token_mask(torch.from_numpy(hole))[None].to(family.device)
+            given[HOLE] = family.token_mask(torch.from_numpy(shown.hole))[None].to(family.device)
         return given
+
+    def finished(self, drawn: Image.Image, shown: Shown) -> Image.Image:
+        """With a task that has holes, what lies outside of the hole is the condition's own, pixel by pixel."""
+        known = [picture for one, picture in zip(self.tasks, shown.pictures, strict=True) if one.has_holes]
+        if not known or shown.hole is None:
+            return drawn
+        return Image.composite(drawn, known[0], Image.fromarray(shown.hole))
 
     def nets(self) -> dict[str, dict[str, Any]]:
         return adapters.net_configs(self._family, self._net_names(self._family))
@@ -276,7 +280,7 @@ class Condition(Method):
         configs = adapters.saved_configs(folder, family)
         family.condition_layers()
         self._family = family
-        adapters.load_lora(folder, family, configs)
+        adapters.load_lora(folder, family, configs, self.adapter)
         family.add_branches(self.layout())
 
     def detach(self, family: Drawable) -> None:
@@ -284,13 +288,13 @@ class Condition(Method):
             return
         family.remove_branches()
         for name in self._net_names(family):
-            adapters.remove(family.module(name))
+            adapters.remove(family.module(name), self.adapter)
         self._family = None
 
     def set_strength(self, family: Drawable, strength: float) -> None:
         for name in self._net_names(family):
             for layer in adapters.tuner_layers(family.module(name)):
-                layer.set_scale(adapters.ADAPTER, strength)
+                layer.set_scale(self.adapter, strength)
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:

@@ -94,11 +94,11 @@ class Lora(Method):
     def load(self, folder: Path, family: Drawable) -> None:
         configs = adapters.saved_configs(folder, family)
         self._family, self._nets = family, list(configs)  # before anything is put in, so that it can be taken out
-        adapters.load_lora(folder, family, configs)
+        adapters.load_lora(folder, family, configs, self.adapter)
 
     def detach(self, family: Drawable) -> None:
         for name in self._nets:
-            adapters.remove(family.module(name))
+            adapters.remove(family.module(name), self.adapter)
         self._family, self._nets, self._matrices = None, [], []
 
     def merge(self, family: Family) -> str:
@@ -109,7 +109,7 @@ class Lora(Method):
 
     def set_strength(self, family: Drawable, strength: float) -> None:
         for name in self._nets:
-            adapters.set_scale(family.module(name), strength)
+            adapters.set_scale(family.module(name), strength, self.adapter)
 
 
 def weights_group(settings: JobSettings, name: str, parameters: list) -> ParameterGroup:
