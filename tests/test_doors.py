@@ -268,9 +268,10 @@ def test_recipes_are_settings(root: Path) -> None:
         settings = read(str(path), *([] if "toybox" in path.stem else ["--input_images", "a.zip"]))
         assert settings.output_dir == Path("outputs") / path.stem
         # a half of Kandinsky without more is that half trained fully
-        plain = ("kandinsky22_decoder", "kandinsky22_prior")
-        assert settings.method == "condition" or path.stem.endswith(settings.method) or path.stem in plain
-        if "toybox" in path.stem:
+        plain = ("kandinsky22_decoder", "kandinsky22_prior", "flux_kontext")
+        named = path.stem.endswith(settings.method) or path.stem in plain or path.stem.startswith("pixel_ar_")
+        assert settings.method == "condition" or named
+        if "toybox" in path.stem and settings.source != "toybox":  # which is drawn
             assert (root / settings.input_images).is_file()
 
 
