@@ -105,10 +105,11 @@ def test_a_job_on_a_quantised_base_leaves_an_archive_like_others(
 
 
 @installed
-def test_pictures_are_drawn_on_a_quantised_base(tiny_flux):
-    how = DrawSettings(prompt=PROMPT, seed=1, num_inference_steps=2)
+@pytest.mark.parametrize(("base", "precision"), [("tiny_flux", "int8"), ("tiny_sd", "nf4")])
+def test_pictures_are_drawn_on_a_quantised_base(base, precision, request):
+    how, source = DrawSettings(prompt=PROMPT, seed=1, num_inference_steps=2), str(request.getfixturevalue(base))
     plain, found = (
-        np.asarray(Generator(str(tiny_flux), "cpu", precision=one).draw(how)[0], np.int16) for one in ("same", "int8")
+        np.asarray(Generator(source, "cpu", precision=one).draw(how)[0], np.int16) for one in ("same", precision)
     )
     assert 0 < np.abs(plain - found).mean() < 20
 
