@@ -39,6 +39,7 @@ class PipelineFamily(Family):
             module.requires_grad_(False).eval()
         for tower in self.text:
             find_end_by_id(tower)
+            drop_nothing(tower)
 
     @classmethod
     def _parts(cls) -> dict[str, tuple[str, ...]]:
@@ -174,6 +175,17 @@ class PipelineFamily(Family):
     def _pooling(cls, encoder: str) -> str:
         """In Python for others, the module of a text encoder that pools."""
         return f"pipe.{encoder}.text_model"
+
+
+def drop_nothing(tower: TextTower) -> None:
+    """Read a text in training, where gradient checkpointing needs the training mode, as in drawing.
+
+    The encoder is frozen; T5's own configuration leaves out one number in ten.
+    """
+    for module in tower.encoder.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def find_end_by_id(tower: TextTower) -> None:

@@ -52,9 +52,6 @@ class SoftPrefix:
                 "tokens in all."
             )
         self.tower, self.strength = tower, 1.0
-        self._dropped = dropouts(encoder)
-        for module, name in self._dropped:
-            setattr(module, name, 0.0)
         self.vectors = PromptEmbeddings(rows.to(encoder.device, torch.float32), dropout).train(encoder.training)
         self._keys: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
         encoder.add_module(NAME, self.vectors)
@@ -69,8 +66,6 @@ class SoftPrefix:
         encoder = self.tower.encoder
         if NAME in encoder._modules:
             del encoder.forward, encoder._modules[NAME]
-        for (module, name), value in self._dropped.items():
-            setattr(module, name, value)
 
     @contextmanager
     def weighing(self, strength: float) -> Iterator[None]:
@@ -181,15 +176,6 @@ def _states(output: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     _changed(dict(output), lambda one: found.append(one) or one)
     return found
-
-
-def dropouts(encoder: nn.Module) -> dict[tuple[nn.Module, str], float]:
-    """Where an encoder drops numbers while it is in training mode, which checkpointing needs, and how many: a frozen
-    one (T5: one in ten) is not to be trained through otherwise than it is drawn with.
-    """
-    names = ("p", "dropout", "attention_dropout")
-    found = {(module, name): getattr(module, name, None) for module in encoder.modules() for name in names}
-    return {place: value for place, value in found.items() if isinstance(value, float) and value > 0}
 
 
 def initial_rows(tower: TextTower, count: int, text: str, seed: int) -> Tensor:
