@@ -20,11 +20,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from toybox import training
 from toybox.captions import caption
-from toybox.world import Scene, random_scene, render
+from toybox.world import SIZE, Scene, place, random_scene, render
 
 CLIP_TOKENS = 48
 NOISIEST = (0.0, 0.5, 0.75)  # where each turn of the times begins; 1 is noise alone
 CAPTION_DROPOUT = 0.1
+LATENTS = 16  # side of the latents of a picture
+OBJECT = 4.0  # what a place of the object counts in the loss, beside one of the background
 START, END = "<|startoftext|>", "<|endoftext|>"
 PREVIEW_PROMPTS = (
     "a big red star on a striped blue background on the left",
@@ -107,6 +109,18 @@ class World:
             torch.save(_encode(vae, scenes, device), cache)
         return cls(scenes, torch.load(cache, weights_only=True), args.vae)
 
+    def weights(self, index: Tensor) -> Tensor:
+        """How much each place of the latents counts: OBJECT inside the square around the object. [B, 1, 16, 16].
+
+        What is decided last, and by the fewest pixels, is the object's shape.
+        """
+        grid = torch.arange(LATENTS) + 0.5
+        placed = [place(scene.size, scene.position, scene.jitter) for scene in (self.scenes[i] for i in index)]
+        (x, y), radius = zip(*(centre for centre, _ in placed), strict=True), [radius for _, radius in placed]
+        scale, reach = LATENTS / SIZE, torch.tensor(radius) * LATENTS / SIZE
+        inside = [(grid - torch.tensor(middle)[:, None] * scale).abs() <= reach[:, None] for middle in (y, x)]
+        return 1 + (OBJECT - 1) * (inside[0][:, :, None] & inside[1][:, None, :]).float()[:, None]
+
     def captions(self, seed: int) -> list[str]:
         """A caption of each scene in varied wording."""
         wording = random.Random(seed)
@@ -134,7 +148,7 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latents: Tensor, captions: list[str]) -> Tensor:
-        """The loss of latents [B, 4, 16, 16], shifted and scaled."""
+        """The weighted squared errors of latents that are shifted and scaled: both [B, 4, 16, 16]."""
 
     @abstractmethod
     def as_pipeline(self, vae: Path) -> DiffusionPipeline:
@@ -170,7 +184,8 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(world.scenes[i], wording) for i in index]
         mean, std = world.posteriors[index].float().to(device).chunk(2, dim=1)
         latents = (mean + std * torch.randn_like(mean) - learner.latent_shift) * learner.latent_scale
-        loss = learner(latents, captions)
+        weights = world.weights(index).to(device)
+        loss = (learner(latents, captions) * weights).sum() / (weights.sum() * latents.shape[1])
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from toybox.finder import Finder
 from toybox.oracle import agreement, fit_ground, look, nearest_position, object_centre, pixels_of
 from toybox.prompts import base_scenes, picture_seeds, unrelated_scenes
 from toybox.sprite import load_sprite
-from toybox.world import SIZE, Scene, held_out, render
+from toybox.world import Scene, held_out
 from trainer import commandline
 
 if TYPE_CHECKING:
@@ -166,32 +165,8 @@ def score_adapter(args: argparse.Namespace) -> dict[str, object]:
     return judge_adapter(sprite, task, pictures) | {"calibration": trust}
 
 
-def score_condition(generator: Generator, weights: Path, count: int) -> Table:
-    """Rows "without" and "with" the weights: how often each attribute of a scene is right where no prompt, and with the
-    weights the scene's own picture as the condition, says anything. The right half is to be drawn, for task fill.
-    """
-    from trainer.condition_tasks import task
-    from trainer.drawing import DrawSettings
-
-    scenes, seeds = base_scenes(count), picture_seeds(count)
-    rows = {"without": shares(generator.draw_prompts([""] * count, seeds, DrawSettings(prompt="")), scenes)}
-    generator.use(weights)
-    tasks = [task(name) for name in generator.manifests[0].settings["condition_tasks"]]
-    pictures = []
-    with tempfile.TemporaryDirectory() as folder:
-        path, mask = Path(folder) / "scene.png", Path(folder) / "mask.png"
-        right = Image.new("L", (SIZE, SIZE))
-        right.paste(255, (SIZE // 2, 0, SIZE, SIZE))
-        right.save(mask)
-        filled = any(one.has_holes for one in tasks)
-        for scene, seed in zip(scenes, seeds, strict=True):
-            render(scene).save(path)
-            chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=mask if filled else None)
-            pictures += generator.draw_prompts([""], [seed], chosen)
-    return rows | {"with": shares(pictures, scenes)}
-
-
 def run_condition(args: argparse.Namespace) -> None:
+    from toybox.condition_score import score_condition
     from trainer.artifact import opened, read_manifest
     from trainer.generate import Generator
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch._inductor.config
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,9 +97,10 @@ class FluxLearner(diffusion.Learner):
         self.text_encoder = diffusion.build_clip(self.tokenizer, CLIP_WIDTH)
         self.text_encoder_2 = build_t5(self.tokenizer_2)
         self.transformer = build_transformer()
+        self.denoise = self.transformer.forward
 
     def forward(self, latents: Tensor, captions: list[str]) -> Tensor:
-        """The flow-matching loss of shifted and scaled latents [B, 4, 16, 16]."""
+        """The flow-matching errors of shifted and scaled latents: both [B, 4, 16, 16]."""
         device, (count, channels, height, width) = latents.device, latents.shape
         t = diffusion.draw_times(count).to(device)
         noise = torch.randn_like(latents)
@@ -106,7 +108,7 @@ class FluxLearner(diffusion.Learner):
         # the plain attention: on a CPU the fused one's backward pass is slower at this size
         with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = self.text_encoder_2(diffusion.token_ids(self.tokenizer_2, captions, device)).last_hidden_state
-            predicted = self.transformer(
+            predicted = self.denoise(
                 hidden_states=FluxPipeline._pack_latents(noisy, count, channels, height, width),
                 encoder_hidden_states=states,
                 pooled_projections=self.text_encoder(
@@ -116,8 +118,8 @@ class FluxLearner(diffusion.Learner):
                 img_ids=FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, device, torch.float32),
                 txt_ids=torch.zeros(states.shape[1], 3, device=device),
             ).sample.float()
-        target = FluxPipeline._pack_latents(noise - latents, count, channels, height, width)
-        return (predicted - target).square().mean()
+        predicted = FluxPipeline._unpack_latents(predicted, height, width, vae_scale_factor=1)
+        return (predicted - (noise - latents)).square()
 
     def as_pipeline(self, vae: Path) -> FluxPipeline:
         own = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
@@ -133,6 +135,17 @@ class FluxLearner(diffusion.Learner):
         )
 
 
+def compile_for(learner: FluxLearner, device: torch.device) -> None:
+    """Compile the transformer: 2.6 times as fast on a CPU.
+
+    With vectors of 512 bits the backward pass in bf16 comes out wrong by eight orders of magnitude (torch 2.13), with
+    256 it agrees with the plain one to bf16's rounding.
+    """
+    if device.type == "cpu":
+        torch._inductor.config.cpp.simdlen = 256
+    learner.denoise = torch.compile(learner.transformer.forward)
+
+
 def main() -> None:
     args = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24).parse_args()
     device = training.start(args)
@@ -141,7 +154,8 @@ def main() -> None:
     tokenizers = diffusion.build_clip_tokenizer(captions), build_t5_tokenizer(captions)
     means = world.posteriors[:, :4].float()
     learner = FluxLearner(tokenizers, shift=means.mean().item(), scale=1 / means.std().item())
-    diffusion.train(learner.to(device), world, args)
+    compile_for(learner.to(device), device)
+    diffusion.train(learner, world, args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class StableDiffusionLearner(diffusion.Learner):
         self.scheduler = DDPMScheduler(**SCHEDULE)
 
     def forward(self, latents: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """The Min-SNR weighted v loss of scaled latents [B, 4, 16, 16]."""
+        """The Min-SNR weighted v errors of scaled latents: both [B, 4, 16, 16]."""
         device, latents = latents.device, latents.contiguous(memory_format=torch.channels_last)
         t = (diffusion.draw_times(len(latents)) * self.scheduler.config.num_train_timesteps).long().to(device)
         noise = torch.randn_like(latents)
@@ -74,10 +74,10 @@ class StableDiffusionLearner(diffusion.Learner):
         with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = self.text_encoder(diffusion.token_ids(self.tokenizer, captions, device)).last_hidden_state
             predicted = self.unet(noisy, t, states).sample.float()
-        error = (predicted - self.scheduler.get_velocity(latents, noise, t)).square().mean(dim=(1, 2, 3))
+        error = (predicted - self.scheduler.get_velocity(latents, noise, t)).square()
         snr = compute_snr(self.scheduler, t)
         # one more than Min-SNR's numerator, or the steps of pure noise, where drawing starts, would weigh nothing
-        return (error * (snr.clamp(max=SNR_GAMMA) + 1) / (snr + 1)).mean()
+        return error * ((snr.clamp(max=SNR_GAMMA) + 1) / (snr + 1)).view(-1, 1, 1, 1)
 
     def as_pipeline(self, vae: Path) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(

@@ -7,10 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from preprocessing.errors import UserError
 from toybox import score
@@ -134,26 +132,3 @@ def test_a_missing_sprite_ends_with_code_2_and_one_line(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.png" in done.stderr
-
-
-def test_a_condition_is_scored_by_what_it_alone_can_tell():
-    """A generator that copies its condition is right in everything, and one that draws one scene always is not."""
-    seen = []
-
-    class Copies:
-        manifest = None
-
-        def use(self, weights: Path) -> None:
-            self.manifest = SimpleNamespace(settings={"condition_tasks": ["fill"]})
-
-        def draw_prompts(self, prompts, seeds, settings):
-            assert set(prompts) == {""}
-            if settings.condition is None:
-                return [render(base_scenes(8)[0]) for _ in prompts]
-            seen.append(Image.open(settings.mask).getextrema())
-            with Image.open(settings.condition[0]) as picture:
-                return [picture.convert("RGB")]
-
-    table = score.score_condition(Copies(), Path("unused.tar"), 8)
-    assert min(table["with"].values()) == 1 and max(table["without"].values()) < 1
-    assert seen == [(0, 255)] * 8
