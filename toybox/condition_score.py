@@ -65,7 +65,8 @@ def score_condition(generator: Generator, weights: Path, count: int) -> Table:
         filled = mask if any(one.has_holes for one in tasks) else None
         for picture, seed in zip(wanted, seeds, strict=True):
             picture.save(path)
-            chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=filled)
+            # what the weights draw, and not what is put back afterwards
+            chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=filled, keep_known=False)
             after += generator.draw_prompts([""], [seed], chosen)
     return {name: _row(drawn, wanted, hole) for name, drawn in (("without", before), ("with", after))}
 

@@ -120,7 +120,7 @@ def test_the_two_of_a_pair_are_held_out_together(subjects, tmp_path):
     assert pairs.record_of("a/left") == "a" and pairs.record_of("left") == "left" and pairs.record_of("a/b") == "a/b"
 
 
-@pytest.mark.parametrize("changes", [{"caption_column": "collection"}, {"condition_columns": ("image",)}])
+@pytest.mark.parametrize("changes", [{"caption_column": "collection"}, {"condition_columns": ("collection",)}])
 def test_pairs_have_their_own_captions_and_conditions(changes, subjects, tmp_path):
     with pytest.raises(UserError, match=f"{next(iter(changes))}: pairs of pictures tell"):
         prepare(settings(subjects, **changes), 8, tmp_path / "out")

@@ -47,6 +47,7 @@ def test_a_condition_is_scored_by_what_it_alone_can_tell():
             assert set(prompts) == {""}
             if settings.condition is None:
                 return [render(base_scenes(8)[0]) for _ in prompts]
+            assert not settings.keep_known
             seen.append(Image.open(settings.mask).getextrema())
             with Image.open(settings.condition[0]) as picture:
                 return [picture.convert("RGB")]

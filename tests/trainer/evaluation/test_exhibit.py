@@ -97,7 +97,7 @@ def test_copies_of_the_data_set_are_counted(settings, dataset):
 
 
 def test_a_job_whose_weights_draw_black_fails(settings, dataset, monkeypatch, tmp_path):
-    def drawn(base_model, archive, wishes, progress):
+    def drawn(base_model, archive, wishes, *_):
         return {wish: noise(1, 8) if wish.strength is None else Image.new("RGB", (8, 8)) for wish in wishes}
 
     monkeypatch.setattr(preview, "drawn", drawn)
