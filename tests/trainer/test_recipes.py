@@ -37,7 +37,7 @@ def marked(recipe: Path) -> object:
     return pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.slow] if recipe.stem in SLOW else [])
 
 
-@pytest.mark.parametrize("recipe", map(marked, RECIPES))
+@pytest.mark.parametrize("recipe", [marked(recipe) for recipe in RECIPES])
 def test_recipe_trains_and_draws(recipe: Path, pictures: Path, tmp_path: Path, request, capsys) -> None:
     fixture = next(name for start, name in BASES.items() if recipe.stem.startswith(start))
     base = fixture if fixture == "pixel_ar" else request.getfixturevalue(fixture)
