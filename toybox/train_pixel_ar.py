@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toybox import training
 from toybox.captions import caption
+from toybox.diffusion import PREVIEW_PROMPTS
 from toybox.small import SIDE, scenes_of, small
-from toybox.train_sd import PREVIEW_PROMPTS
 from toybox.world import Scene
 from trainer.families.pixel_ar.model import PixelAR, bits_per_dim
 from trainer.families.pixel_ar.pipeline import PixelARPipeline
