@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.families.base import Drawable, Family, Geometry
 
 TOYBOX = Path(__file__).resolve().parents[2] / "toybox"
-TOYBOX_MODELS = {"toybox": TOYBOX / "sd", "toybox/sd": TOYBOX / "sd", "toybox/pixel_ar": TOYBOX / "pixel_ar"}
+TOYBOX_MODELS = {"toybox": TOYBOX / "sd"} | {f"toybox/{name}": TOYBOX / name for name in ("sd", "flux", "pixel_ar")}
 UNTRAINED = {"pixel_ar": Path(__file__).parent / "pixel_ar" / "untrained"}  # configurations without weights
 INDEX = "model_index.json"
 RECOMMENDED = "training_defaults.json"
