@@ -177,8 +177,6 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
     average.to(device)
     wording, losses = random.Random(), []
     while run.step < args.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = args.learning_rate * training.cosine(run.step, args.steps, warmup=300)
         index = torch.randint(len(world.scenes), (args.batch,))
         wording.seed(args.seed * 1_000_003 + run.step)
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(world.scenes[i], wording) for i in index]
@@ -186,10 +184,7 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
         latents = (mean + std * torch.randn_like(mean) - learner.latent_shift) * learner.latent_scale
         weights = world.weights(index).to(device)
         loss = (learner(latents, captions) * weights).sum() / (weights.sum() * latents.shape[1])
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimiser.step()
+        training.descend(optimiser, loss, args.learning_rate * training.cosine(run.step, args.steps, warmup=300))
         average.step(learner.parameters())
         run.step += 1
         losses.append(loss.item())
@@ -203,13 +198,11 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
 
 def _finish(learner: Learner, average: EMAModel, vae: Path, args: argparse.Namespace) -> None:
     """Write the averaged weights as a pipeline folder in fp16, and a grid of what it draws."""
-    average.store(learner.parameters())
-    average.copy_to(learner.parameters())
-    pipeline = learner.as_pipeline(vae)
-    _preview(pipeline.to(args.device), learner.draw, args.work / "preview.png")
-    pipeline.to("cpu", torch.float16).save_pretrained(args.out)
-    learner.to(args.device, torch.float32)
-    average.restore(learner.parameters())
+    with training.averaged(average, list(learner.parameters())):
+        pipeline = learner.as_pipeline(vae)
+        _preview(pipeline.to(args.device), learner.draw, args.work / "preview.png")
+        pipeline.to("cpu", torch.float16).save_pretrained(args.out)
+        learner.to(args.device, torch.float32)
 
 
 def _preview(pipeline: DiffusionPipeline, draw: dict[str, Any], path: Path) -> None:

@@ -103,17 +103,12 @@ def main() -> None:
     run.resume()
     unseen = [random_scene(rng) for _ in range(200)]
     while run.step < args.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = args.learning_rate * training.cosine(run.step, args.steps, warmup=200)
         index = torch.randint(len(scenes), (args.batch,)).tolist()
         images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in shifted(pictures[index])]
         batch = make_batch(processor, [scenes[i] for i in index], images).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(**batch).loss
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        training.descend(optimiser, loss, args.learning_rate * training.cosine(run.step, args.steps, warmup=200))
         run.step += 1
         if run.step % 50 == 0:
             run.report(args.steps, loss=loss.item())

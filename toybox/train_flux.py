@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch._inductor.config
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -141,9 +140,8 @@ def compile_for(learner: FluxLearner, device: torch.device) -> None:
     With vectors of 512 bits the backward pass in bf16 comes out wrong by eight orders of magnitude (torch 2.13), with
     256 it agrees with the plain one to bf16's rounding.
     """
-    if device.type == "cpu":
-        torch._inductor.config.cpp.simdlen = 256
-    learner.denoise = torch.compile(learner.transformer.forward)
+    options = {"cpp.simdlen": 256} if device.type == "cpu" else None
+    learner.denoise = torch.compile(learner.transformer.forward, options=options)
 
 
 def main() -> None:

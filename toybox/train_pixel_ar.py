@@ -104,18 +104,13 @@ def main() -> None:
     easy = [i for i, scene in enumerate(scenes) if scene.background.pattern == "plain" and scene.accent is None]
     losses = []
     while run.step < args.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = args.learning_rate * training.cosine(run.step, args.steps, warmup=200)
         pool = easy if run.step < EASY_SHARE * args.steps else list(range(len(scenes)))
         index = [pool[i] for i in torch.randint(len(pool), (args.batch,))]
         wording.seed(args.seed * 1_000_003 + run.step)
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(scenes[i], wording) for i in index]
         nats = step_nats(model, pictures[index], token_ids(tokenizer, captions, MAX_TOKENS), device)
         loss = nats.mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        training.descend(optimiser, loss, args.learning_rate * training.cosine(run.step, args.steps, warmup=200))
         average.step(model.parameters())
         run.step += 1
         # of the first pixel only the words tell anything: there it shows whether they are read
@@ -126,10 +121,8 @@ def main() -> None:
         if run.step % args.save_every == 0 or run.step == args.steps:
             run.save()
         if run.step % args.preview_every == 0:
-            average.store(model.parameters())
-            average.copy_to(model.parameters())
-            preview(model, tokenizer, args)
-            average.restore(model.parameters())
+            with training.averaged(average, list(model.parameters())):
+                preview(model, tokenizer, args)
     average.store(model.parameters())
     last = held_out_bits(model, tokenizer, args.work, blank=False)
     average.copy_to(model.parameters())

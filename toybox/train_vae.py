@@ -91,9 +91,6 @@ def main() -> None:
     run.resume()
     pictures, unseen = make_pictures(args.pictures, args.seed), make_pictures(128, args.seed + 1_000_003)
     while run.step < args.steps:
-        rate = args.learning_rate * training.cosine(run.step, args.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
         images = random_crops(pictures, args.batch).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(images).latent_dist
@@ -101,10 +98,7 @@ def main() -> None:
         error = decoded - images
         kl = posterior.kl().mean() / math.prod(posterior.mean.shape[1:])
         loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        training.descend(optimiser, loss, args.learning_rate * training.cosine(run.step, args.steps))
         run.step += 1
         if run.step % 50 == 0:
             run.report(args.steps, loss=loss.item(), mse=F.mse_loss(decoded, images).item(), kl=kl.item())

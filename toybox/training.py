@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 def arguments(description: str, steps: int, batch: int) -> argparse.ArgumentParser:
@@ -42,6 +47,25 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
+    """One step at that rate, gradients clipped to a norm of 1."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+    optimiser.step()
+
+
+@contextmanager
+def averaged(average: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters are their average."""
+    average.store(parameters)
+    average.copy_to(parameters)
+    yield
+    average.restore(parameters)
 
 
 @dataclass

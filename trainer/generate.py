@@ -136,11 +136,15 @@ class Generator:
     def _drawn(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> Iterator[list[Image.Image]]:
         for method, strength in zip(self._methods, self._strengths(settings), strict=True):
             method.set_strength(self.family, strength)
-        shown = self._shown(settings)
+        references = self._references(settings) if settings.references else []
+        size = self._size(settings, references)
+        shown = self._shown(settings, size)
         started = settings.image is not None
         task = TEXT_TO_IMAGE if not started else IMAGE_TO_IMAGE if settings.mask is None else INPAINT
         pipe = self.family.pipeline(task)
-        arguments = self._arguments(settings, "height" in signature(pipe.__call__).parameters)
+        arguments = self._arguments(settings, size, "height" in signature(pipe.__call__).parameters)
+        if references:
+            arguments["references"] = references
         if settings.scheduler is not None:
             pipe.scheduler = _scheduler(settings.scheduler, pipe.scheduler.config, self.family)
         if settings.image is not None and settings.prompt_strength == 0:
@@ -160,9 +164,10 @@ class Generator:
                 drawn = [Image.composite(one, arguments["image"], arguments["mask_image"]) for one in drawn]
             yield drawn
 
-    def _arguments(self, settings: DrawSettings, sized: bool) -> dict[str, Any]:
-        """The pipeline's arguments that do not depend on the prompt; `sized`: it takes width and height, too, and not
-        from the picture to start from alone.
+    def _arguments(self, settings: DrawSettings, size: tuple[int, int], sized: bool) -> dict[str, Any]:
+        """The pipeline's arguments that do not depend on the prompt, for a picture of `size`.
+
+        `sized`: it takes width and height too, not from the picture to start from alone.
         """
         chosen = {
             "guidance_scale": settings.guidance_scale,
@@ -177,29 +182,27 @@ class Generator:
         arguments |= self.family.guidance_inputs(
             arguments.pop("guidance_scale"), settings.negative_prompt, settings.true_cfg_scale
         )
-        arguments |= self.family.reference_inputs(self._size(settings), self._reference(settings))
-        stride, (width, height) = self.geometry.stride, self._size(settings)
+        arguments |= self.family.reference_inputs(size, self._reference(settings, size))
+        stride, (width, height) = self.geometry.stride, size
         for name, side in (("width", width), ("height", height)):
             if side % stride:
                 raise UserError(
                     f"{name} {side} is not a multiple of {stride}: use {max(stride, side // stride * stride)}."
                 )
-        if settings.references:
-            arguments["references"] = self._references(settings)
-        size = {"width": width, "height": height} if sized else {}
+        told = {"width": width, "height": height} if sized else {}
         if settings.image is None:
-            return arguments | size
+            return arguments | told
         # one step at least, and a little more, lest rounding make it none
         least = min(1.0, (1 + 1e-6) / arguments["num_inference_steps"])
         strength = max(settings.prompt_strength, least)
-        pictures = _open_all(settings, (width, height))
-        return arguments | pictures | size | {"strength": strength}
+        pictures = _open_all(settings, size)
+        return arguments | pictures | told | {"strength": strength}
 
-    def _size(self, settings: DrawSettings) -> tuple[int, int]:
+    def _size(self, settings: DrawSettings, references: list[Image.Image]) -> tuple[int, int]:
         """Width and height: as wanted, or that of the one reference, which is edited, or the model's usual ones."""
         usual = self.geometry.resolution
-        if settings.references and len(settings.references) == 1 and settings.width is None and settings.height is None:
-            return self._references(settings)[0].size
+        if len(references) == 1 and settings.width is None and settings.height is None:
+            return references[0].size
         return settings.width or usual, settings.height or usual
 
     def _references(self, settings: DrawSettings) -> list[Image.Image]:
@@ -217,8 +220,8 @@ class Generator:
             raise UserError(f"more_scales has {len(more)} numbers: give one for each of more_weights.")
         return [settings.lora_scale] * (len(self._methods) - len(more)) + more
 
-    def _shown(self, settings: DrawSettings) -> list[tuple[Method, Shown]]:
-        """The condition pictures, each with the method that draws from it."""
+    def _shown(self, settings: DrawSettings, size: tuple[int, int]) -> list[tuple[Method, Shown]]:
+        """The condition pictures, of `size`, each with the method that draws from it."""
         wanting = [method for method in self._methods if method.draws_from_conditions]
         if self.family.takes_reference:  # no method draws from conditions there
             return []
@@ -231,7 +234,6 @@ class Generator:
         count = sum(method.condition_count for method in wanting)
         if len(settings.condition) != count:
             raise UserError(f"condition: these weights want {count} pictures, not {len(settings.condition)}.")
-        size = self._size(settings)
         pictures = iter([_fitted(_open(path, "condition").convert("RGB"), size) for path in settings.condition])
         hole = None
         if settings.mask is not None:
@@ -241,8 +243,8 @@ class Generator:
             for method in wanting
         ]
 
-    def _reference(self, settings: DrawSettings) -> Image.Image | None:
-        """The picture that a model of references draws from, of the drawn one's size."""
+    def _reference(self, settings: DrawSettings, size: tuple[int, int]) -> Image.Image | None:
+        """The picture that a model of references draws from, of the drawn one's `size`."""
         if not self.family.takes_reference or not settings.condition:
             return None
         if len(settings.condition) > 1:
@@ -251,7 +253,7 @@ class Generator:
             raise UserError(f"mask: {self.base_model} draws all of a picture anew: leave it out.")
         if settings.condition_ready or settings.condition_strength != 1:
             raise UserError("condition_ready and condition_strength are for weights of method condition: leave them.")
-        return _fitted(_open(settings.condition[0], "condition").convert("RGB"), self._size(settings))
+        return _fitted(_open(settings.condition[0], "condition").convert("RGB"), size)
 
     @contextmanager
     def _conditioned(self, shown: list[tuple[Method, Shown]], settings: DrawSettings) -> Iterator[None]:

@@ -79,16 +79,14 @@ def write(path: Path, manifest: Manifest, previews: list[Preview], place: Place)
 
 def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     """The whole card."""
-    in_diffusers = families.family_class(manifest.base_model).in_diffusers
+    family = families.family_class(manifest.base_model)
     header = yaml.safe_dump(_header(manifest, previews, place), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{header}---",
         f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.trigger_word}",
         _what(manifest),
         _pictures(previews),
-        f"## In {families.family_class(manifest.base_model).card_program}\n\n{_diffusers(manifest, place)}"
-        if in_diffusers
-        else "",
+        f"## In {family.card_program}\n\n{_diffusers(manifest, place)}" if family.in_diffusers else "",
         _comfyui(manifest, place),
         _atelier(manifest, place),
         _table("Scores", {name: f"{value:.4g}" for name, value in manifest.scores.items()}),

@@ -120,12 +120,7 @@ def draw_gallery(
         remark = f"No pictures were drawn: {error}"
         print(f"warning: {remark}", file=sys.stderr)
         return Gallery([], (), {}, [], Seen((), None, None), 0.0, (remark,))
-    paths = {wish: folder / f"{i:02d}_{_kind(wish)}.png" for i, wish in enumerate(wishes)}
-    previews = []
-    for i, wish in enumerate(exhibit.previews):
-        base = replace(wish, strength=None)
-        paths |= {base: folder / f"{i:02d}_base.png", wish: folder / f"{i:02d}_adapted.png"}
-        previews.append(Preview(wish.prompt, wish.seed, paths[base], paths[wish]))
+    paths, previews = _named(exhibit, wishes, folder)
     for wish, picture in pictures.items():
         picture.save(paths[wish])
     refuse_blank(pictures, [wish for wish in wishes if wish.strength == 1])
@@ -153,6 +148,17 @@ def _reference(dataset: PreparedDataset, picture: int, settings: JobSettings) ->
     if not paths or not families.family_class(settings.base_model).takes_reference:
         return {}
     return {"condition": (dataset.folder / paths[0],)}
+
+
+def _named(exhibit: Exhibit, wishes: list[Wish], folder: Path) -> tuple[dict[Wish, Path], list[Preview]]:
+    """A file for each picture, and the pairs before and after among them."""
+    paths = {wish: folder / f"{i:02d}_{_kind(wish)}.png" for i, wish in enumerate(wishes)}
+    previews = []
+    for i, wish in enumerate(exhibit.previews):
+        base = replace(wish, strength=None)
+        paths |= {base: folder / f"{i:02d}_base.png", wish: folder / f"{i:02d}_adapted.png"}
+        previews.append(Preview(wish.prompt, wish.seed, paths[base], paths[wish]))
+    return paths, previews
 
 
 def _kind(wish: Wish) -> str:
