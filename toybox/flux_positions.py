@@ -1,9 +1,9 @@
 """Absolute positions for the toybox's FLUX.
 
-FLUX knows positions by rotary embedding alone, that is, relative to other tokens. Its one fixed point is the text, all of
-which lies at the origin: an image token can tell where it is by which text tokens it attends to, if some are always the
-same and differ among themselves. At this size training does not find that (after 16,000 steps a linear probe missed a
-token's place by two tokens of eight, and shapes came out blurred), so every text ends in eight register tokens (after
+FLUX knows positions by rotary embedding alone, that is, relative to other tokens. Its one fixed point is the text, all
+of which lies at the origin: an image token can tell where it is by which text tokens it attends to, if some are always
+the same and differ among themselves. At this size training does not find that (after 16,000 steps a linear probe missed
+a token's place by two tokens of eight, and shapes came out blurred), so every text ends in eight register tokens (after
 Darcet et al. 2023, arXiv:2309.16588), and the first single block starts as the layer that reads rows and columns off
 them; it is trained like any other.
 """
