@@ -147,12 +147,12 @@ def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
             "learning_rate": settings.learning_rate,
             "machine": machine(),
         }
-        return measured | ({} if costs else {"scores": scores(result.archive)})
+        return measured | ({} if costs else {"scores": scores(result.archive, SPRITE)})
 
 
-def scores(archive: Path) -> dict[str, float]:
+def scores(archive: Path, sprite: Path) -> dict[str, float]:
     """How often the oracle finds the subject, the background and the position, and the drift."""
-    command = [sys.executable, "-m", "toybox.score", "adapter", "--weights", archive, "--sprite", SPRITE]
+    command = [sys.executable, "-m", "toybox.score", "adapter", "--weights", archive, "--sprite", sprite]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

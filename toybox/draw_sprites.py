@@ -1,4 +1,4 @@
-"""Draw the two demo sprites: `python -m toybox.draw_sprites --out toybox/sprites`."""
+"""Draw the demo sprites: `python -m toybox.draw_sprites --out toybox/sprites`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ DETAIL = 4  # drawn this much larger, then reduced, so that edges are smooth
 
 STEEL, STEEL_DARK, RUST, GLOW, COAL = "#9fb4c7", "#5d7388", "#d1495b", "#ffd166", "#22303c"
 LEAF, LEAF_DARK, CREAM, PLUM = "#2a9d6f", "#1b6b50", "#fff3d6", "#7b2d63"
+SAND, SAND_DARK, SKY, NIGHT = "#e9b872", "#b5793c", "#7cc6fe", "#30408d"
 
 
 class Pencil:
@@ -73,12 +74,46 @@ def teapot() -> Image.Image:
     return pencil.finished()
 
 
+def rocket() -> Image.Image:
+    """A rocket: a cream hull with a plum nose and a round window, blue fins, a two-coloured flame."""
+    pencil = Pencil()
+    pencil.polygon((48, 100, 80, 100, 64, 128), RUST)
+    pencil.polygon((56, 100, 72, 100, 64, 116), GLOW)
+    pencil.polygon((42, 64, 18, 104, 42, 98), NIGHT)
+    pencil.polygon((86, 64, 110, 104, 86, 98), NIGHT)
+    pencil.box((40, 38, 88, 102), CREAM, radius=8)
+    pencil.polygon((40, 44, 88, 44, 64, 0), PLUM)
+    pencil.box((40, 84, 88, 92), NIGHT)
+    pencil.ellipse((50, 50, 78, 78), STEEL_DARK)
+    pencil.ellipse((55, 55, 73, 73), SKY)
+    return pencil.finished()
+
+
+def snail() -> Image.Image:
+    """A snail: a sandy foot with two feelers to the left, a house of sky and night blue rings."""
+    pencil = Pencil()
+    pencil.polygon((20, 64, 8, 26, 14, 24, 30, 62), SAND_DARK)
+    pencil.polygon((32, 62, 30, 24, 36, 24, 42, 62), SAND_DARK)
+    pencil.ellipse((5, 16, 19, 30), COAL)
+    pencil.ellipse((26, 14, 40, 28), COAL)
+    pencil.box((8, 54, 48, 112), SAND, radius=18)
+    pencil.box((8, 90, 124, 112), SAND, radius=11)
+    pencil.ellipse((40, 24, 118, 102), NIGHT)
+    pencil.ellipse((50, 36, 106, 92), SKY)
+    pencil.ellipse((61, 48, 95, 82), NIGHT)
+    pencil.ellipse((72, 59, 84, 71), CREAM)
+    return pencil.finished()
+
+
+SPRITES = (robot, teapot, rocket, snail)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sprites", help="folder for the PNG files")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for draw in (robot, teapot):
+    for draw in SPRITES:
         draw().save(out / f"{draw.__name__}.png")
 
 

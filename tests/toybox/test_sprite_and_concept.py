@@ -12,7 +12,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 from preprocessing.errors import UserError
 from toybox import concept
-from toybox.draw_sprites import SIDE, robot, teapot
+from toybox.draw_sprites import SIDE
+from toybox.draw_sprites import SPRITES as DRAWN
 from toybox.palette import COLOURS
 from toybox.score import SPRITES
 from toybox.sprite import MIN_COLOURS, combinations, for_training, load_sprite, visible_colours
@@ -174,7 +175,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "alpha" in done.stderr
 
 
-@pytest.mark.parametrize("draw", [robot, teapot])
+@pytest.mark.parametrize("draw", DRAWN)
 def test_the_demo_sprites_are_what_their_script_draws(draw):
     with Image.open(SPRITES / f"{draw.__name__}.png") as shipped:
         assert shipped.mode == "RGBA" and shipped.size == (SIDE, SIDE)

@@ -1,0 +1,190 @@
+"""Pivotal tuning's switches, each alone against the default: `python -m benchmarks.concepts --out results.json`
+
+For each variant, sprite and seed the real job trains on twelve pictures of the sprite, all of them, to the last step,
+in a process of its own on one thread, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
+is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt.
+
+Told are the means over the runs with 95 % intervals (resampled runs), and how much subject and prompt differ from the
+default's run with the same sprite and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.prefix import scores
+from benchmarks.step import machine
+from trainer import commandline
+from trainer.evaluation.bootstrap import Interval, interval
+
+ROOT = Path(__file__).resolve().parent.parent
+SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
+DEFAULT = "default"
+VARIANTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "rank 8": {"lora_rank": 8},
+    "rank 64": {"lora_rank": 64},
+    "alpha 2 x rank": {"lora_alpha": 64},
+    "DoRA": {"use_dora": True},
+    "attention only": {"lora_targets": "attention"},
+    "1 token": {"n_tokens": 1},
+    "8 tokens": {"n_tokens": 8},
+    "class word": {"class_word": "sticker"},
+    "no std penalty": {"token_std_penalty": 0.0},
+    "L1 0.03": {"lora_l1_penalty": 0.03},
+    "no preservation": {"preservation_weight": 0.0},
+    "noise offset 0.02": {"noise_offset": 0.02},
+    "no Min-SNR": {"snr_gamma": None},
+    "no caption dropout": {"caption_dropout": 0.0},
+    "Prodigy, LoRA": {"optimizer": "prodigy"},
+    "Prodigy, tokens": {"text_embedding_optimizer": "prodigy"},
+    "Prodigy, both": {"optimizer": "prodigy", "text_embedding_optimizer": "prodigy"},
+    "pivot at half": {"pivot_fraction": 0.5},
+    "no pivot": {"pivot_fraction": 1.0},
+    "rate rises": {"lr_schedule": "exponential"},
+    "average of weights": {"ema_decay": 0.99},
+    "no tokens": {"method": "lora"},
+}
+COLUMNS = ("subject", "background", "position", "drift", "bleed", "seconds", "parameters")
+Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
+
+
+def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
+    """One run, in this process."""
+    from toybox import concept
+    from trainer import artifact, job
+    from trainer.config import JobSettings
+
+    with tempfile.TemporaryDirectory(prefix="concepts-") as name:
+        folder = Path(name)
+        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip")])
+        fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "seed": seed, "holdout": 0}
+        fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
+        fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
+        result = job.train(JobSettings(**fixed | VARIANTS[variant]))
+        files = (folder / "out" / "weights" / "last").glob("*.safetensors")
+        found = scores(result.archive, sprite)
+        return {name: found[name] for name in ("subject", "background", "position", "drift", "bleed")} | {
+            "seconds": result.stage_seconds["train"],
+            "parameters": sum(value.numel() for path in files for value in artifact.load_tensors(path)[0].values()),
+            "machine": machine(),
+        }
+
+
+def prompt_score(run: dict[str, Any]) -> float:
+    """How well the prompt was obeyed: the mean of background and position."""
+    return (run["background"] + run["position"]) / 2
+
+
+def of_variant(runs: Runs, variant: str) -> dict[str, dict[str, Any]]:
+    """Its runs by "sprite/seed"."""
+    return {key.partition("/")[2]: run for key, run in runs.items() if key.partition("/")[0] == variant}
+
+
+def mean(values: list[float]) -> Interval:
+    return interval(values, [0] * len(values))
+
+
+def against_default(runs: Runs, variant: str, score: Callable[[dict[str, Any]], float]) -> Interval | None:
+    """How much a variant's score differs from that of the default's runs with the same sprite and seed."""
+    own, default = of_variant(runs, variant), of_variant(runs, DEFAULT)
+    shared = sorted(own.keys() & default.keys())
+    return mean([score(own[key]) - score(default[key]) for key in shared]) if shared else None
+
+
+def _signed(found: Interval | None) -> str:
+    return "" if found is None else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def table(runs: Runs) -> str:
+    """The runs in Markdown, a row a variant."""
+    lines = [
+        f"| variant | runs | {' | '.join(COLUMNS)} | subject − default | prompt − default |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
+    for variant in (name for name in VARIANTS if of_variant(runs, name)):
+        own = list(of_variant(runs, variant).values())
+        means = {column: mean([run[column] for run in own]) for column in COLUMNS}
+        cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in (means[c] for c in COLUMNS[:3])]
+        cells += [f"{means['drift'].mean:.3f}", f"{means['bleed'].mean:.3f}", f"{means['seconds'].mean:.0f}"]
+        cells.append(f"{means['parameters'].mean:,.0f}")
+        differences = ["", ""]
+        if variant != DEFAULT:
+            subject = against_default(runs, variant, lambda run: run["subject"])
+            differences = [_signed(subject), _signed(against_default(runs, variant, prompt_score))]
+        lines.append(f"| {' | '.join([variant, str(len(own)), *cells, *differences])} |")
+    return "\n".join(lines)
+
+
+def plot(runs: Runs, path: Path) -> None:
+    """Subject against prompt, a point a variant with its intervals."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "concepts"}):
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        axes = figure.subplots()
+        for index, variant in enumerate(name for name in VARIANTS if of_variant(runs, name)):
+            own = of_variant(runs, variant).values()
+            x, y = mean([prompt_score(run) for run in own]), mean([run["subject"] for run in own])
+            spread = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+            marker = "os^vD"[index // 10 % 5]
+            axes.errorbar(x.mean, y.mean, **spread, fmt=marker, elinewidth=0.6, label=variant)
+        axes.set_xlabel("prompt: mean of background and position")
+        axes.set_ylabel("subject found")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=2)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def run_apart(key: str, sprite: Path) -> dict[str, Any]:
+    """Measure one run in a process of its own, on one thread."""
+    with tempfile.TemporaryDirectory(prefix="concepts-") as folder:
+        single = Path(folder) / "one.json"
+        command = [sys.executable, "-m", "benchmarks.concepts", "--out", single, "--one", key]
+        command += ["--sprite", sprite]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.loads(single.read_text(encoding="utf-8"))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, required=True, help="JSON that the runs are kept in")
+    result.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    result.add_argument("--sprite", type=Path, nargs="+", default=SPRITES, help="RGBA drawings (default: the four)")
+    result.add_argument("--seeds", type=int, default=3, help="runs with seeds 0, 1, ... (default 3)")
+    result.add_argument("--plot", type=Path, help="SVG or PNG to draw")
+    result.add_argument("--one", metavar="VARIANT/SPRITE/SEED", help="measure this run in this process only")
+    return result
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    sprites = {path.stem: path.resolve() for path in args.sprite}
+    if args.one:
+        variant, sprite, seed = args.one.split("/")
+        args.out.write_text(json.dumps(measure(variant, sprites[sprite], int(seed))), encoding="utf-8")
+        return
+    runs: Runs = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    # seed by seed, so that a benchmark that is stopped has compared everything a little
+    wanted = [f"{v}/{sprite}/{seed}" for seed in range(args.seeds) for sprite in sprites for v in args.variant]
+    for key in (key for key in wanted if key not in runs):
+        runs[key] = run_apart(key, sprites[key.split("/")[1]])
+        args.out.write_text(json.dumps(runs, indent=1), encoding="utf-8")
+        print(f"{len(runs)} runs: {key} subject {runs[key]['subject']:.2f}", file=sys.stderr, flush=True)
+    print(table(runs))
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(main))

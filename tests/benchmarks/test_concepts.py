@@ -1,0 +1,65 @@
+"""The benchmark's own arithmetic; what it measures is the job's and the oracle's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import concepts
+from trainer.config import JobSettings
+
+
+def run(subject: float, background: float = 1.0, position: float = 1.0) -> dict:
+    return {
+        "subject": subject,
+        "background": background,
+        "position": position,
+        "drift": 0.02,
+        "bleed": 0.0,
+        "seconds": 100.0,
+        "parameters": 1000,
+    }
+
+
+RUNS = {
+    "default/robot/0": run(0.9),
+    "default/robot/1": run(0.5),
+    "default/snail/0": run(0.1),
+    "rank 8/robot/0": run(0.8, background=0.5),
+    "rank 8/robot/1": run(0.4, background=0.5),
+}
+
+
+def test_every_variant_is_a_job_that_can_be_asked_for() -> None:
+    for overrides in concepts.VARIANTS.values():
+        JobSettings(input_images="pictures.zip", **overrides)
+    assert len(concepts.SPRITES) >= 4 and concepts.VARIANTS[concepts.DEFAULT] == {}
+
+
+def test_a_variant_is_compared_with_the_default_of_the_same_sprite_and_seed() -> None:
+    found = concepts.against_default(RUNS, "rank 8", lambda one: one["subject"])
+    assert found.mean == pytest.approx(-0.1) and found.low == pytest.approx(found.high)
+    prompt = concepts.against_default(RUNS, "rank 8", concepts.prompt_score)
+    assert prompt.mean == pytest.approx(-0.25)
+    assert concepts.against_default(RUNS, "DoRA", concepts.prompt_score) is None
+
+
+def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
+    lines = concepts.table(RUNS).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| default", "| rank 8"]
+    assert "| 0.50 (" in lines[2] and lines[2].endswith("|  |  |")
+    assert "-0.100 (-0.100 to -0.100)" in lines[3] and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_plot_is_the_same_for_the_same_runs(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    concepts.plot(RUNS, first)
+    concepts.plot(RUNS, second)
+    assert first.read_bytes() == second.read_bytes() and b"rank 8" in first.read_bytes()
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(SystemExit) as error:
+        concepts.main(["--out", "x.json", "--variant", "rank 9"])
+    assert error.value.code == 2
