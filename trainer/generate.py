@@ -271,14 +271,15 @@ class Generator:
         with self.family.conditioned(given, settings.condition_strength):
             yield
 
-    def _words(self, prompts: list[str]) -> list[str]:
+    def words(self, prompts: list[str]) -> list[str]:
+        """Prompts as the text encoders read them with the weights in use."""
         for method in self._methods:
             prompts = method.words(prompts)
         return prompts
 
     def _conditioning(self, prompts: list[str], settings: DrawSettings) -> Conditioning:
         """Encoded prompts, moved between the class word's and the tokens' meaning by `token_scale`."""
-        words = self._words(prompts)
+        words = self.words(prompts)
         encoded = self.family.encode_text(words)
         scale = settings.token_scale
         if scale is None:
@@ -299,7 +300,7 @@ class Generator:
             for method in self._methods:
                 stack.enter_context(method.reading_negatives(self.family))
             if settings.negative_prompt:
-                encoded = self.family.encode_text(self._words([settings.negative_prompt]))
+                encoded = self.family.encode_text(self.words([settings.negative_prompt]))
             else:
                 encoded = self.family.negative_conditioning()
         return {name: value.expand(count, *value.shape[1:]) for name, value in encoded.items()}

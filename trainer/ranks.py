@@ -101,10 +101,10 @@ def resized(weights: Weights, cut: Cut) -> tuple[Weights, Kept]:
             parts |= {DOWN: small_down.reshape(count, *down.shape[1:]), UP: small_up.reshape(-1, count, *up.shape[2:])}
             alpha = float(count)
         found[net][module] = parts | {ALPHA: torch.tensor(alpha)}
-    return _with_layers(weights, found), kept
+    return with_layers(weights, found), kept
 
 
-def _with_layers(weights: Weights, found: dict[str, dict[str, dict[str, Tensor]]]) -> Weights:
+def with_layers(weights: Weights, found: dict[str, dict[str, dict[str, Tensor]]]) -> Weights:
     """The weights with these layers in place of their own: net -> module -> part -> tensor, alphas among the parts."""
     nets = {net: lora_config_of(layers_of, {}) for net, layers_of in found.items()}
     tensors = {
@@ -179,4 +179,4 @@ def extracted(
                 UP: up.reshape(-1, count, *ones),
                 ALPHA: torch.tensor(float(count)),
             }
-    return Extracted(_with_layers(weights, found), kept, left_out)
+    return Extracted(with_layers(weights, found), kept, left_out)

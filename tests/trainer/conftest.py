@@ -32,7 +32,7 @@ from tests.trainer.omnigen2_models import save_tiny
 from tests.trainer.tiny import SIDE, tiny_text_config, tiny_tokenizer, tiny_unet, tiny_vae
 from trainer import delivery, families, job, methods
 from trainer.artifact import load_tensors
-from trainer.config import JobSettings
+from trainer.config import CONDITION_DEFAULTS, JobSettings
 from trainer.families.base import DENOISER, TEXT, VAE, Family
 from trainer.fitting import Fitted
 from trainer.methods.base import Method
@@ -328,6 +328,30 @@ def untouched(tiny_model: Path) -> Family:
 def lab(untouched: Family) -> Lab:
     """Each of the tiny base models, fresh."""
     return Lab(copy.deepcopy(untouched))
+
+
+@pytest.fixture
+def random_weights(
+    lab: Lab, dataset: PreparedDataset, job_settings: JobSettings, tiny_model: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    """Makes the folder of an archive with random weights; the same seed and layers give the same ones."""
+
+    def made(name: str, seed: int, **changes: Any) -> Path:
+        given = job_settings.model_dump(exclude={*CONDITION_DEFAULTS, "lora_targets"})
+        own = {"base_model": str(tiny_model)}
+        settings = JobSettings.model_validate(given | own | changes)
+        settings.output_dir.mkdir(exist_ok=True)
+        (settings.output_dir / METRICS_FILE).touch()
+        method = methods.create(settings)
+        for i, parameter in enumerate(p for group in method.attach(lab.family) for p in group.parameters):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        folder = tmp_path / name
+        folder.mkdir()
+        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(settings, 1))
+        method.detach(lab.family)
+        return folder
+
+    return made
 
 
 @pytest.fixture

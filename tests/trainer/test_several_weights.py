@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +13,18 @@ import torch
 from PIL import Image
 
 from preprocessing.errors import UserError
-from trainer import artifact, delivery, methods
-from trainer.config import JobSettings
+from trainer import artifact
 from trainer.drawing import DrawSettings
 from trainer.generate import Generator
-from trainer.metrics import METRICS_FILE
 
 FLUX = pytest.mark.parametrize("tiny_model", ["flux"], indirect=True)
 pytestmark = FLUX
 
 
 @pytest.fixture
-def weights(lab, dataset, job_settings, tiny_model, tmp_path) -> Callable[..., Path]:
-    """Makes the folder of an archive with random weights; the same seed and layers give the same ones."""
-
-    def made(name: str, seed: int, **changes: Any) -> Path:
-        given = job_settings.model_dump(exclude={"optimizer", "weight_decay", "max_grad_norm", "lora_targets"})
-        own = {"base_model": str(tiny_model), "method": "condition"}
-        settings = JobSettings.model_validate(given | own | changes)
-        settings.output_dir.mkdir(exist_ok=True)
-        (settings.output_dir / METRICS_FILE).touch()
-        method = methods.create(settings)
-        for i, parameter in enumerate(p for group in method.attach(lab.family) for p in group.parameters):
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + i))
-        folder = tmp_path / name
-        folder.mkdir()
-        delivery.save_weights(folder, lab.family, method, dataset, delivery.Run(settings, 1))
-        method.detach(lab.family)
-        return folder
-
-    return made
+def weights(random_weights) -> Callable[..., Path]:
+    """Makes the folder of an archive of method condition, or of another, with random weights."""
+    return partial(random_weights, method="condition")
 
 
 @pytest.fixture
