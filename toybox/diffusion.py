@@ -7,7 +7,6 @@ import json
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,18 +121,6 @@ class World:
         inside = [(grid - torch.tensor(middle)[:, None] * scale).abs() <= reach[:, None] for middle in (y, x)]
         return 1 + (OBJECT - 1) * (inside[0][:, :, None] & inside[1][:, None, :]).float()[:, None]
 
-    @cached_property
-    def plain(self) -> Tensor:
-        """Indices of the scenes with an object of one colour, or a drawing, on a plain background."""
-        return torch.tensor(
-            [i for i, one in enumerate(self.scenes) if one.background.pattern == "plain" and not one.accent]
-        )
-
-    def draw(self, count: int, easy: float) -> Tensor:
-        """`count` indices of scenes; that share of them, about, are plain ones."""
-        plain, others = torch.randint(len(self.plain), (count,)), torch.randint(len(self.scenes), (count,))
-        return torch.where(torch.rand(count) < easy, self.plain[plain], others)
-
     def captions(self, seed: int) -> list[str]:
         """A caption of each scene in varied wording."""
         wording = random.Random(seed)
@@ -174,7 +161,6 @@ def arguments(description: str, steps: int, batch: int) -> argparse.ArgumentPars
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--easy", type=float, default=0.0, help="share of plain pictures, beside those drawn evenly")
     parser.add_argument("--preview_every", type=int, default=1000)
     return parser
 
@@ -191,7 +177,7 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
     average.to(device)
     wording, losses = random.Random(), []
     while run.step < args.steps:
-        index = world.draw(args.batch, args.easy)
+        index = torch.randint(len(world.scenes), (args.batch,))
         wording.seed(args.seed * 1_000_003 + run.step)
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(world.scenes[i], wording) for i in index]
         mean, std = world.posteriors[index].float().to(device).chunk(2, dim=1)

@@ -17,32 +17,27 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from toybox import diffusion, flux_positions, training
+from toybox import diffusion, training
 
-T5_TOKENS = 36
+T5_TOKENS = 32
 T5_WIDTH, CLIP_WIDTH = 192, 128
-AXES = (4, 14, 14)
 PRINTABLE = [chr(code) for code in range(33, 127)]
 RARE = -20.0  # log probability of a lone letter
 
 
-def build_t5_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
-    """A T5 tokenizer of the captions' words, likelier the more often they come, and the letters of ASCII.
-
-    Every text ends in the registers that positions are told by.
-    """
+def build_t5_tokenizer(captions: list[str]) -> T5Tokenizer:
+    """A T5 tokenizer of the captions' words, likelier the more often they come, and the letters of ASCII."""
     counts = Counter("▁" + word for text in captions for word in text.replace(",", " ,").split())
     total = counts.total()
     words = [(word, math.log(count / total)) for word, count in sorted(counts.items())]
     letters = [(letter, RARE) for letter in ("▁", *PRINTABLE)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    tokenizer = T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=T5_TOKENS)
-    return flux_positions.with_registers(tokenizer)
+    return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=T5_TOKENS)
 
 
-def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """The T5 encoder, untrained: two layers."""
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -65,13 +60,13 @@ def build_transformer() -> FluxTransformer2DModel:
         patch_size=1,
         in_channels=16,
         num_layers=1,
-        num_single_layers=6,
+        num_single_layers=5,
         attention_head_dim=32,
         num_attention_heads=6,
         joint_attention_dim=T5_WIDTH,
         pooled_projection_dim=CLIP_WIDTH,
         guidance_embeds=False,
-        axes_dims_rope=AXES,
+        axes_dims_rope=(4, 14, 14),
     )
     for layer in (module for module in transformer.modules() if isinstance(module, nn.Linear)):
         nn.init.xavier_uniform_(layer.weight)
@@ -94,7 +89,7 @@ class FluxLearner(diffusion.Learner):
         "max_sequence_length": T5_TOKENS,
     }
 
-    def __init__(self, tokenizers: tuple[CLIPTokenizer, PreTrainedTokenizerFast], shift: float, scale: float):
+    def __init__(self, tokenizers: tuple[CLIPTokenizer, T5Tokenizer], shift: float, scale: float):
         super().__init__()
         self.tokenizer, self.tokenizer_2 = tokenizers
         self.latent_shift, self.latent_scale = shift, scale
@@ -125,26 +120,6 @@ class FluxLearner(diffusion.Learner):
         predicted = FluxPipeline._unpack_latents(predicted, height, width, vae_scale_factor=1)
         return (predicted - (noise - latents)).square()
 
-    def tell_positions(self, captions: list[str]) -> None:
-        """Start the first single block as the one that tells each token of the picture its place."""
-        block, tokens, states = self.transformer.single_transformer_blocks[0], [], []
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda _, args, given, kept=kept: kept.append(given["hidden_states"].float()), with_kwargs=True
-            )
-            for module, kept in ((block, tokens), (block.attn, states))
-        ]
-        with torch.no_grad():
-            self(torch.randn(len(captions), 4, diffusion.LATENTS, diffusion.LATENTS), captions)
-        for hook in hooks:
-            hook.remove()
-        ids = diffusion.token_ids(self.tokenizer_2, captions, torch.device("cpu"))
-        registers = torch.full(states[0].shape[:2], -1)
-        registers[:, : ids.shape[1]] = (ids + flux_positions.REGISTERS - len(self.tokenizer_2)).clamp(min=-1)
-        size = tokens[0].square().mean().sqrt().item()
-        seen = flux_positions.Seen(states[0].flatten(0, 1), size, registers.flatten())
-        flux_positions.install(block, AXES[0], seen)
-
     def as_pipeline(self, vae: Path) -> FluxPipeline:
         own = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)
         own.register_to_config(shift_factor=self.latent_shift, scaling_factor=self.latent_scale)
@@ -170,16 +145,13 @@ def compile_for(learner: FluxLearner, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24)
-    parser.set_defaults(easy=0.6)  # where nothing but the object is to be learned, its shape is learned sooner
-    args = parser.parse_args()
+    args = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24).parse_args()
     device = training.start(args)
     world = diffusion.World.load(args, device)
     captions = world.captions(args.seed + 1)
     tokenizers = diffusion.build_clip_tokenizer(captions), build_t5_tokenizer(captions)
     means = world.posteriors[:, :4].float()
     learner = FluxLearner(tokenizers, shift=means.mean().item(), scale=1 / means.std().item())
-    learner.tell_positions(captions[:64])
     compile_for(learner.to(device), device)
     diffusion.train(learner, world, args)
 
