@@ -23,7 +23,7 @@ from trainer.config import JobSettings
 
 OUTPUTS = LocalPath("outputs")  # under the working directory, which `cog train` shares with the host
 
-METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"]
+METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition", "prefix", "perfusion"]
 CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
 MASKS = ["auto", "none", "alpha", "text", "face"]
 MODES = ["subject", "face", "style", "captions"]

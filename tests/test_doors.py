@@ -53,7 +53,7 @@ def test_help_is_quick_and_complete(door: str, root: Path) -> None:
 
 def test_help_shows_choices_and_groups() -> None:
     text = " ".join(commandline.build_parser(JobSettings, "train.py", "").format_help().split())
-    assert "{pivotal,lora,textual_inversion,full,condition,prefix}" in text
+    assert "{pivotal,lora,textual_inversion,full,condition,prefix,perfusion}" in text
     assert "(default: 0 1)" in text  # a tuple as one would type it
     places = [
         text.index(title) for title in ("How the base model is adapted", "How the trainable", "What is minimised")

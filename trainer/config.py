@@ -26,10 +26,10 @@ FOR_SOME = (
 class MethodSettings(PrepareSettings):
     """How the base model is adapted."""
 
-    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"] = Field(
+    method: Literal["pivotal", "lora", "textual_inversion", "full", "condition", "prefix", "perfusion"] = Field(
         "pivotal",
         description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures; prefix: "
-        "vectors before the text encoders' input.",
+        "vectors before the text encoders' input; perfusion: tokens and rank-one edits of cross-attention.",
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
@@ -252,6 +252,8 @@ class JobSettings(
             raise ValueError(f"target_modules goes with method condition, not {self.method}: use lora_targets")
         if self.use_dora and self.method not in ("lora", "pivotal"):
             raise ValueError(f"use_dora goes with method lora or pivotal, not {self.method}")
+        if self.method == "perfusion" and not self.class_word:
+            raise ValueError("method perfusion locks the concept to a class_word: give one, such as dog")
         if self.base_precision != "same" and self.method == "full":
             raise ValueError(f"base_precision {self.base_precision} is for frozen weights, and full trains them")
         if self.base_precision == "fp8" and not self.gradient_checkpointing:

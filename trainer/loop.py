@@ -203,6 +203,7 @@ class Loop:
             "optimisers": [scheduled.optimiser.state_dict() for scheduled in self.optimisers],
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "method": self.plan.method.state(),
             "random": checkpoint.random_state(),
         }
         path = self.plan.checkpoints.folder
@@ -227,6 +228,8 @@ class Loop:
             self.average.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state.get("method"):
+            self.plan.method.restore(state["method"])
         checkpoint.restore_random_state(state["random"])
 
 

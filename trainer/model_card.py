@@ -121,6 +121,7 @@ def _what(manifest: Manifest) -> str:
         "textual_inversion": "New token embeddings",
         "full": "A full fine-tune",
         "prefix": "A prefix (vectors before the text encoder's input)",
+        "perfusion": "New token embeddings and rank-one edits of cross-attention (Perfusion)",
         "condition": f"A LoRA on condition pictures ({', '.join(manifest.settings.get('condition_tasks', ()))})",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""

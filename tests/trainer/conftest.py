@@ -254,6 +254,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "full text": {"method": "full", "train_text_encoder": True},
     "prefix": {"method": "prefix", "num_prefix_tokens": 4, "prefix_on_negative": True},
+    "perfusion": {"method": "perfusion", "class_word": "dog"},
 }
 
 

@@ -90,6 +90,7 @@ FALLS = {  # settings, and the share of the first loss that is left
     "pivotal": ({"method": "pivotal", "lora_targets": "all"}, 0.9),
     "full": ({"method": "full"}, 0.6),
     "inversion": ({"method": "textual_inversion", "text_embedding_lr": 0.1}, 0.999),
+    "perfusion": ({"method": "perfusion", "class_word": "dog"}, 0.99),
     "lora": ({"method": "lora", "lora_targets": "all"}, 0.9),
     "dora": ({"method": "lora", "use_dora": True, "lora_targets": "all"}, 0.9),
 }
@@ -97,7 +98,7 @@ FALLS = {  # settings, and the share of the first loss that is left
 
 @pytest.mark.parametrize("tiny_model", ["sd", pytest.param("xl", marks=SLOW)], indirect=True)
 @pytest.mark.parametrize(
-    "case", ["pivotal", "full", "inversion", *(pytest.param(c, marks=SLOW) for c in ("lora", "dora"))]
+    "case", ["pivotal", "full", "inversion", "perfusion", *(pytest.param(c, marks=SLOW) for c in ("lora", "dora"))]
 )
 def test_loss_falls_on_one_batch(case, tiny_model, settings, train_on, one_picture, monkeypatch):
     (changes, left), real = FALLS[case], step.draw
@@ -112,10 +113,13 @@ RUNS = {
     "pivotal": {"ema_decay": 0.9, "noise_offset": 0.1, "gradient_accumulation_steps": 2, "horizontal_flip": True},
     "prodigy": {"method": "lora", "optimizer": "prodigy", "train_text_encoder": True},
     "full": {"method": "full", "preview_seeds": (1,)},
+    "perfusion": {"method": "perfusion", "class_word": "dog"},
 }
 
 
-@pytest.mark.parametrize("name", ["pivotal", *(pytest.param(name, marks=SLOW) for name in ("prodigy", "full"))])
+@pytest.mark.parametrize(
+    "name", ["pivotal", "perfusion", *(pytest.param(name, marks=SLOW) for name in ("prodigy", "full"))]
+)
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(name, settings, train_on, dataset, tmp_path):
     common = {"max_train_steps": 5, "checkpoint_every": 1, "lr_warmup_steps": 2} | RUNS[name]
     whole = train_on(settings(output_dir=tmp_path / "whole", **common), dataset)
@@ -126,7 +130,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(name, settings, train_
     torch.manual_seed(99)
     resumed = train_on(halves.model_copy(update={"resume": True}), dataset)
     assert values(resumed.rows) == values(whole.rows) and len(whole.rows) == 5
-    assert whole.state.keys() == {"parameters", "optimisers", "average", "scaler", "random"}
+    assert whole.state.keys() == {"parameters", "optimisers", "average", "scaler", "method", "random"}
     assert same(resumed.state, whole.state)
     assert same(resumed.tensors, whole.tensors)
 

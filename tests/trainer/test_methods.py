@@ -12,7 +12,7 @@ from trainer.families.base import DENOISER, TEXT, VAE
 from trainer.methods import adapters
 from trainer.methods.base import weights_factor
 
-VARIANTS = ["pivotal", "lora text", "full", "prefix"]
+VARIANTS = ["pivotal", "lora text", "full", "prefix", "perfusion"]
 VARIANTS += [pytest.param(name, marks=pytest.mark.slow) for name in ("pivotal dora", "inversion", "lora", "full text")]
 
 
@@ -85,7 +85,7 @@ def test_every_trainable_parameter_gets_a_gradient(variant, lab, create):
     assert sum(moved) > 0.8 * len(moved) if variant.endswith("text") else all(moved)
 
 
-@pytest.mark.parametrize("variant", ["lora text", "pivotal", "pivotal dora", "prefix"])
+@pytest.mark.parametrize("variant", ["lora text", "pivotal", "pivotal dora", "prefix", "perfusion"])
 def test_disabled_is_the_base_model_exactly(variant, lab, create):
     prediction = lab.predict("a dog")
     method = create(variant)
@@ -132,7 +132,7 @@ def test_switched_off_they_predict_as_the_base_model_and_on_again_as_trained(met
     assert method == "inversion" or not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text", "prefix"])
+@pytest.mark.parametrize("variant", ["pivotal", "pivotal dora", "lora text", "prefix", "perfusion"])
 def test_strength_zero_is_the_base_models_denoiser(variant, lab, create):
     prediction = lab.predict("a dog")
     method = create(variant)

@@ -39,7 +39,14 @@ def save(train_variant) -> Callable[..., tuple[Path, Method]]:
 
 
 @pytest.mark.parametrize(
-    "variant", ["pivotal", "full", "prefix", *(pytest.param(v, marks=SLOW) for v in ("inversion", "lora", "full text"))]
+    "variant",
+    [
+        "pivotal",
+        "full",
+        "prefix",
+        "perfusion",
+        *(pytest.param(v, marks=SLOW) for v in ("inversion", "lora", "full text")),
+    ],
 )
 def test_loaded_weights_are_the_trained_ones(variant, lab, save, tiny_model):
     archive, method = save(variant)

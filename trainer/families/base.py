@@ -99,6 +99,8 @@ class Drawable(Conditionable, ABC):
     draw_options: ClassVar[tuple[str, ...]] = ()
     # whether each picture is drawn from another one: in training the data set's first condition of it
     takes_reference: ClassVar[bool] = False
+    # ends of the names of the layers that make keys, and values, of the text ("context"), of a UNet that attends to it
+    text_layers: ClassVar[tuple[str, str] | None] = None
 
     @property
     def serves(self) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class StableDiffusion(PipelineFamily):
     }
     pipeline_options: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
+    text_layers: ClassVar[tuple[str, str] | None] = ("attn2.to_k", "attn2.to_v")
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
     card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
@@ -54,6 +55,7 @@ class StableDiffusion(PipelineFamily):
         },
         "full": {"learning_rate": 1e-5},
         "prefix": {"learning_rate": 1e-4},
+        "perfusion": {"learning_rate": 0.03, "text_embedding_lr": 0.006},
     }
 
     def __init__(self, pipe: Any, dtype: torch.dtype):
@@ -126,6 +128,7 @@ class StableDiffusionXL(StableDiffusion):
         "any": StableDiffusion.recommended["any"] | {"train_batch_size": 2},
         "full": {"learning_rate": 4e-6},
         "prefix": {"learning_rate": 1e-4},
+        "perfusion": {"learning_rate": 0.03, "text_embedding_lr": 0.006},
     }
 
     @classmethod

@@ -7,12 +7,13 @@ from trainer.methods.base import Method
 from trainer.methods.condition import Condition
 from trainer.methods.full import Full
 from trainer.methods.lora import Lora
+from trainer.methods.perfusion import Perfusion
 from trainer.methods.pivotal import Pivotal
 from trainer.methods.prefix import Prefix
 from trainer.methods.textual_inversion import TextualInversion
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Pivotal, Lora, TextualInversion, Full, Condition, Prefix)
+    method.name: method for method in (Pivotal, Lora, TextualInversion, Full, Condition, Prefix, Perfusion)
 }
 
 

@@ -98,6 +98,14 @@ class Method(ABC):
         """What is told of the trainable parameters after each step, in metrics.jsonl and to the trackers."""
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """What training changes beside the trainable parameters, for a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from such a state, attached. ValueError where the method keeps none."""
+        raise ValueError(f"method {self.name} keeps no state: the checkpoint is another method's")
+
     def words(self, captions: list[str]) -> list[str]:
         """Captions as the text encoders should read them."""
         return captions
