@@ -86,7 +86,7 @@ def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
         f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.trigger_word}",
         _what(manifest),
         _pictures(previews),
-        f"## In {family.card_program}\n\n{_diffusers(manifest, place)}" if family.in_diffusers else "",
+        f"## In {family.card_program}\n\n{_diffusers(manifest, place)}" if family.card_program else "",
         _comfyui(manifest, place),
         _atelier(manifest, place),
         _table("Scores", {name: f"{value:.4g}" for name, value in manifest.scores.items()}),
@@ -100,7 +100,7 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
-    library = ["diffusers"] if family.in_diffusers else []
+    library = ["diffusers"] if family.card_program == "diffusers" else []
     stock = manifest.nets and not METHODS[manifest.method].draws_from_conditions
     tags = ["text-to-image", *library, kind, *(["template:sd-lora"] if stock else []), *family.card_tags]
     header |= {

@@ -68,7 +68,7 @@ def test_a_job_ends_in_weights_that_draw_otherwise_and_leave_nothing_behind(meth
     judged = json.loads((out / "weights" / "last" / "manifest.json").read_text(encoding="utf-8"))
     assert judged["family"] == "omnigen2" and judged["method"] == method
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "## In Python, with Atelier" in card and "DiffusionPipeline" not in card
+    assert "## In Python, with Atelier" in card and "DiffusionPipeline" not in card and "library_name" not in card
     generator = Generator(str(tiny_omnigen2), "cpu")
     base = drawn(generator)
     generator.use(out / "trained_model.tar")

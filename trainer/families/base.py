@@ -194,11 +194,10 @@ class Family(Drawable):
     """
 
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
-    in_diffusers: ClassVar[bool] = True  # whether diffusers draws with its weights
     ui_files: ClassVar[bool] = True  # whether ComfyUI and A1111 load adapters for it
     # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
-    card_program: ClassVar[str] = "diffusers"  # what `how_to` draws with
+    card_program: ClassVar[str | None] = "diffusers"  # what `how_to` draws with; None: predict.py alone
     card_tags: ClassVar[tuple[str, ...]] = ()  # of the model card, beside the task's and the method's
     dropped_picture_share: ClassVar[float] = 1.0  # of the samples that are dropped: those with `null_picture`, too
     notes: ClassVar[tuple[str, ...]] = ()  # what a user should know of how the data set is used

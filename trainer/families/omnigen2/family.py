@@ -72,7 +72,7 @@ class OmniGen2(PipelineFamily):
     draw_options: ClassVar[tuple[str, ...]] = ("image_guidance_scale", "references")
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("processor", "mllm", "qwen"),)
     ui_files: ClassVar[bool] = False
-    card_program: ClassVar[str] = "Python, with Atelier"
+    card_program: ClassVar[str | None] = "Python, with Atelier"
     card_tags: ClassVar[tuple[str, ...]] = ("omnigen2",)
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {

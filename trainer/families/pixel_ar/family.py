@@ -30,7 +30,7 @@ class PixelAutoregressive(Family):
     name: ClassVar[str] = "pixel_ar"
     own_settings: ClassVar[tuple[str, ...]] = begin.ARCHITECTURE
     draw_options: ClassVar[tuple[str, ...]] = ("temperature", "top_p", "class_label")
-    in_diffusers: ClassVar[bool] = False
+    card_program: ClassVar[str | None] = None
     ui_files: ClassVar[bool] = False
     card_tags: ClassVar[tuple[str, ...]] = ("autoregressive",)
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
