@@ -33,7 +33,13 @@ class MethodSettings(PrepareSettings):
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
-    lora_rank: int | None = Field(None, ge=1, le=1024, description="Rank of the LoRA matrices.")
+    adapter_type: Literal["lora", "lokr", "oft"] = Field(
+        "lora", description="LoRA, Kronecker products (LoKr) or rotations of what a layer reads (OFT): lora, pivotal."
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, le=1024, description="Rank of the LoRA matrices, or of LoKr's second factor; OFT: a block's size."
+    )
+    lokr_factor: int = Field(8, ge=-1, description="Size of LoKr's first factor; -1: near the root of the layer's.")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; None: alpha = rank.")
     lora_targets: Literal["attention", "attention_conv", "all"] | None = Field(
         None, description="Layers of the denoiser that get LoRA: attention projections, convolutions too, or all."
@@ -289,6 +295,25 @@ class JobSettings(
             raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> JobSettings:
+        if self.lokr_factor == 0:
+            raise ValueError("lokr_factor 0 parts nothing: use 1 or more, or -1")
+        if self.adapter_type == "lora":
+            return self
+        kind = f"adapter_type {self.adapter_type}"
+        if self.method not in ("lora", "pivotal"):
+            raise ValueError(f"{kind} goes with method lora or pivotal, not {self.method}")
+        if self.use_dora or self.lora_plus_ratio != 1:
+            raise ValueError(f"{kind} has not LoRA's two matrices: leave use_dora and lora_plus_ratio out")
+        if self.base_precision != "same":
+            raise ValueError(f"{kind} needs the base model's weights as they are: leave base_precision out")
+        if self.save_diffusers:
+            raise ValueError(f"{kind}: diffusers has no loader for it: set save_diffusers false")
+        if self.adapter_type == "oft" and (self.lora_alpha is not None or self.lora_rank == 1):
+            raise ValueError("adapter_type oft rotates blocks of lora_rank numbers, 2 or more, and has no lora_alpha")
         return self
 
     @model_validator(mode="after")

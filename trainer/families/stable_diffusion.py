@@ -41,6 +41,7 @@ class StableDiffusion(PipelineFamily):
     pipeline_options: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    ui_adapters: ClassVar[tuple[str, ...]] = ("lora", "lokr")
     card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {

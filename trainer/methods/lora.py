@@ -1,4 +1,4 @@
-"""LoRA or DoRA on the denoiser, and on the text encoders if asked; the trigger stays an ordinary word."""
+"""LoRA, DoRA, LoKr or OFT on the denoiser, and on the text encoders if asked; the trigger stays an ordinary word."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -24,13 +25,14 @@ ATTENTION = "attention"  # the layers of a net that the weights that training st
 
 
 class Lora(Method):
-    """Low-rank adapters; see trainer.methods.adapters."""
+    """Adapters on weights; see trainer.methods.adapters."""
 
     name: ClassVar[str] = "lora"
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = self.changes_text = self.changes_null = settings.train_text_encoder
+        self.has_strength = settings.adapter_type != "oft"
         self._family: Drawable | None = None
         self._nets: list[str] = []
         self._matrices: list[Tensor] = []
@@ -55,7 +57,7 @@ class Lora(Method):
                 module, preset = family.module(net.name), self.settings.lora_targets
                 if net.name not in configs:
                     group += adapters.inject(
-                        module, adapters.lora_config(self.settings, net.targets[preset or ATTENTION])
+                        module, adapters.adapter_config(self.settings, net.targets[preset or ATTENTION])
                     )
                     continue
                 if preset is not None:
@@ -114,6 +116,8 @@ class Lora(Method):
         return self.settings.trigger_word
 
     def set_strength(self, family: Drawable, strength: float) -> None:
+        if not self.has_strength and strength not in (0, 1):
+            raise UserError("lora_scale cannot scale rotations (adapter_type oft): use 1, or 0 for the base model.")
         for name in self._nets:
             adapters.set_scale(family.module(name), strength, self.adapter)
 
