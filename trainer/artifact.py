@@ -33,7 +33,7 @@ from trainer.unpack import LIMITS, Limits, Wanted, fault_of, unpack
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig
+    from peft import PeftConfig
 
 FORMAT_VERSION = 1
 MANIFEST, ADAPTER, EMBEDDINGS = "manifest.json", "adapter.safetensors", "embeddings.safetensors"
@@ -86,7 +86,7 @@ class Manifest(BaseModel):
     chosen: str = ""  # why the weights are of that step, in a sentence
     scores: dict[str, float] = {}
     libraries: dict[str, str] = {}  # distribution -> version
-    nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`
+    nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its configuration of peft's, see `lora_config_dict`
     started_from: dict[str, str] = {}  # what init_adapter named, and the SHA-256 of its content
 
 
@@ -99,8 +99,8 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def lora_config_dict(config: LoraConfig) -> dict[str, Any]:
-    """A peft LoraConfig as plain JSON values, its sets as sorted lists: `LoraConfig(**it)` gives it back."""
+def lora_config_dict(config: PeftConfig) -> dict[str, Any]:
+    """A configuration of peft's as plain JSON values, its sets as sorted lists: its class with `**it` gives it back."""
     return json.loads(json.dumps(config.to_dict(), default=sorted))
 
 
@@ -204,6 +204,22 @@ def nets_of(folder: Path) -> set[str]:
     return nets
 
 
+def adapter_type(nets: dict[str, dict[str, Any]]) -> str:
+    """Of `Manifest.nets` what its adapters are, as the setting of that name says it."""
+    return str(main_config(nets).get("peft_type") or "lora").lower() if nets else "lora"
+
+
+def adapter_settings(nets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of `Manifest.nets` the settings of a job that makes such adapters."""
+    config, kind = main_config(nets), adapter_type(nets)
+    if kind == "oft":
+        return {"adapter_type": kind, "lora_rank": config["oft_block_size"]}
+    if kind == "lokr":
+        alpha, factor = float(config["alpha"]), config["decompose_factor"]
+        return {"adapter_type": kind, "lora_rank": config["r"], "lora_alpha": alpha, "lokr_factor": factor}
+    return {"adapter_type": kind, "lora_rank": config["r"], "lora_alpha": float(config["lora_alpha"])}
+
+
 def main_config(nets: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of `Manifest.nets` the LoraConfig whose rank and alpha stand for all: the denoiser's where it has one."""
     denoisers = (config for net, config in nets.items() if not net.startswith("text_encoder"))
@@ -212,7 +228,8 @@ def main_config(nets: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, str]:
     """Header of adapter.safetensors: trigger, base, rank and alpha, and each net's LoraConfig where diffusers'
-    `load_lora_weights` looks for it, without which that loader takes every alpha to be the rank.
+    `load_lora_weights` looks for it, without which that loader takes every alpha to be the rank. Of LoKr and OFT, which
+    it does not load, their type and peft's configuration of each net.
 
     Raises KeyError where `tensors` hold LoRA matrices of a net that the manifest has no LoraConfig of.
     """
@@ -225,6 +242,8 @@ def adapter_header(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(packed, sort_keys=True)
         header["rank"] = json.dumps({net: manifest.nets[net]["r"] for net in adapted})
         header["alpha"] = json.dumps({net: manifest.nets[net]["lora_alpha"] for net in adapted})
+    if (kind := adapter_type(manifest.nets)) != "lora" and any(f".{kind}_" in name for name in tensors):
+        header |= {"adapter_type": kind, "adapter_config": json.dumps(manifest.nets, sort_keys=True)}
     return header
 
 

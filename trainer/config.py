@@ -33,7 +33,13 @@ class MethodSettings(PrepareSettings):
     )
     n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
-    lora_rank: int | None = Field(None, ge=1, le=1024, description="Rank of the LoRA matrices.")
+    adapter_type: Literal["lora", "lokr", "oft"] = Field(
+        "lora", description="LoRA, Kronecker products (LoKr) or rotations of what a layer reads (OFT): lora, pivotal."
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, le=1024, description="Rank of the LoRA matrices, or of LoKr's second factor; OFT: a block's size."
+    )
+    lokr_factor: int = Field(8, ge=-1, description="Size of LoKr's first factor; -1: near the root of the layer's.")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale is alpha / rank; None: alpha = rank.")
     lora_targets: Literal["attention", "attention_conv", "all"] | None = Field(
         None, description="Layers of the denoiser that get LoRA: attention projections, convolutions too, or all."
@@ -111,6 +117,9 @@ class OptimisationSettings(PrepareSettings):
     lr_schedule: Schedule = Field("cosine", description="Of the weights; ignored by prodigy.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up, of the weights.")
     weight_decay: float = Field(0.004, ge=0, description="Of the LoRA or full weights.")
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of the matrices B over that of A (the paper's choice is 16)."
+    )
     text_embedding_optimizer: Optimiser = Field("adamw", description="For the new tokens.")
     text_embedding_lr: float | None = Field(None, ge=0, description="Of the new tokens; falls with (1 - done)^1.7.")
     text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
@@ -138,6 +147,31 @@ class ObjectiveSettings(PrepareSettings):
     )
     preservation_prompts: tuple[str, ...] | None = Field(
         None, description="Prompts for it; None: the base model's, else the captions with class_word for the trigger."
+    )
+
+
+class RegularisationSettings(PrepareSettings):
+    """What keeps the trained text near the base model's, and where it begins."""
+
+    token_covariance_penalty: float = Field(
+        0.0, ge=0, description="Pull of the tokens' variance along the vocabulary's principal axes to the vocabulary's."
+    )
+    conditioning_norm_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="Pull of the length of an encoded caption's states to that of the base model's, with class_word.",
+    )
+    token_warmup: float = Field(
+        0.0, ge=0, lt=1, description="Share of the run, its first, in which the tokens are trained alone (pivotal)."
+    )
+    token_text_warmup: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Steps before the run that fit the tokens to class_word by the encoded captions alone, no picture.",
+    )
+    conditioning_noise: float = Field(
+        0.0, ge=0, description="Noise on the encoded captions in training, in their own standard deviations."
     )
 
 
@@ -228,6 +262,7 @@ class JobSettings(
     ArchitectureSettings,
     OptimisationSettings,
     ObjectiveSettings,
+    RegularisationSettings,
     EvaluationSettings,
     RunSettings,
 ):
@@ -262,6 +297,51 @@ class JobSettings(
             raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
             raise ValueError("preservation_weight needs the base model beside the trained one, which full has not")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> JobSettings:
+        if self.lokr_factor == 0:
+            raise ValueError("lokr_factor 0 parts nothing: use 1 or more, or -1")
+        if self.adapter_type == "lora":
+            return self
+        kind = f"adapter_type {self.adapter_type}"
+        if self.method not in ("lora", "pivotal"):
+            raise ValueError(f"{kind} goes with method lora or pivotal, not {self.method}")
+        if self.use_dora or self.lora_plus_ratio != 1:
+            raise ValueError(f"{kind} has not LoRA's two matrices: leave use_dora and lora_plus_ratio out")
+        if self.base_precision != "same":
+            raise ValueError(f"{kind} needs the base model's weights as they are: leave base_precision out")
+        if self.save_diffusers:
+            raise ValueError(f"{kind}: diffusers has no loader for it: set save_diffusers false")
+        if self.adapter_type == "oft" and (self.lora_alpha is not None or self.lora_rank == 1):
+            raise ValueError("adapter_type oft rotates blocks of lora_rank numbers, 2 or more, and has no lora_alpha")
+        return self
+
+    @model_validator(mode="after")
+    def _regularisers_fit(self) -> JobSettings:
+        if self.method not in ("pivotal", "textual_inversion"):
+            for name in ("token_covariance_penalty", "token_text_warmup"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} goes with method pivotal or textual_inversion, not {self.method}")
+        reads_anew = self.train_text_encoder or self.method in ("pivotal", "textual_inversion", "prefix")
+        if self.conditioning_norm_penalty and not reads_anew:
+            raise ValueError(
+                f"conditioning_norm_penalty: method {self.method} leaves the encoded captions as they are: leave it out"
+            )
+        if self.token_warmup and self.method != "pivotal":
+            raise ValueError(f"token_warmup goes with method pivotal, not {self.method}")
+        if self.token_warmup > self.pivot_fraction:
+            raise ValueError("token_warmup above pivot_fraction leaves steps in which nothing is trained: lower it")
+        if self.token_text_warmup and (not self.class_word or self.init_adapter):
+            raise ValueError("token_text_warmup needs class_word to begin from, and no init_adapter, which has tokens")
+        if self.lora_plus_ratio != 1:
+            if self.method not in ("pivotal", "lora", "condition"):
+                raise ValueError(f"lora_plus_ratio is for LoRA's two matrices, which method {self.method} has not")
+            if self.optimizer == "prodigy":
+                raise ValueError(
+                    "lora_plus_ratio: prodigy finds its rates itself: use optimizer adamw, or leave it out"
+                )
         return self
 
     @staticmethod

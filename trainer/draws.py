@@ -7,6 +7,8 @@ a resume, with no generator's state to save.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,13 @@ def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by everything in `key`."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def normal(shape: Sequence[int], *key: int | str) -> Tensor:
+    """Standard normal numbers of a key, fp32; of a longer first dimension the first rows are those of a shorter one."""
+    count = math.prod(shape)
+    # torch draws in blocks of 16, and the last 16 anew where a block is not full
+    return torch.randn(-(-count // 16) * 16, generator=generator(*key))[:count].reshape(tuple(shape))
 
 
 @dataclass(frozen=True)

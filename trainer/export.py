@@ -131,10 +131,13 @@ def _cut(settings: ExportSettings) -> Cut:
 
 
 def _resized(settings: ExportSettings, weights: Weights) -> tuple[Weights, list[str]]:
+    from trainer import artifact
     from trainer.ranks import resized
 
     if not weights.tensors:
         raise UserError("the weights hold no LoRA whose rank could be changed: leave rank and keep out.")
+    if (kind := artifact.adapter_type(weights.manifest.nets)) != "lora":
+        raise UserError(f"the weights are of adapter_type {kind}, not LoRA, whose rank can be changed: leave rank out.")
     weights, kept = resized(weights, _cut(settings))
     dora = any(config.get("use_dora") for config in weights.manifest.nets.values())
     return weights, [kept.told() + (" (of DoRA's direction; its magnitudes stay)" if dora else "")]

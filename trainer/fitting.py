@@ -17,7 +17,7 @@ from preprocessing.findings import Findings, examine
 from preprocessing.preflight import write_preflight
 from preprocessing.prepared import PreparedDataset
 from preprocessing.trigger import without_trigger
-from trainer import cache, delivery, families, preflight
+from trainer import cache, delivery, families, preflight, text_warmup
 from trainer.cache import Cache
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
@@ -144,7 +144,7 @@ def cross_validated(parts: Loaded, plan: Plan, cached: Cache, folds: Sequence[tu
                 run(parts, single, folder)
             finished = judge.history if parts.accelerator.is_main_process else None
             method.detach(family)
-            plan.groups[:] = method.attach(family)
+            plan.groups[:] = attached(parts, cached)
             for parameter, value in zip((p for group in plan.groups for p in group.parameters), fresh, strict=False):
                 parameter.data.copy_(value)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -219,7 +219,7 @@ def planned(
         cached = cache.build(family, dataset, text, parts.stages.progress, method)
         if not method.needs_vae:
             family.free(VAE)
-        groups = method.attach(family)
+        groups = attached(parts, cached)
     findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
     findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
     if accelerator.is_main_process:
@@ -251,6 +251,17 @@ def planned(
     if accelerator.is_main_process:
         _tell_parameters(groups)
     return plan, cached, findings
+
+
+def attached(parts: Loaded, cached: Cache) -> list[ParameterGroup]:
+    """Attach the method; its parameter groups, at the values from which a run begins."""
+    groups = parts.method.attach(parts.family)
+    if parts.method.settings.token_text_warmup:
+        captions = [item.caption for item in parts.dataset.items]
+        before, after = text_warmup.fit(parts.family, parts.method, groups, cached, captions)
+        if parts.accelerator.is_main_process:
+            print(f"text warm-up: distance to the class word {before:.4f} -> {after:.4f}", file=sys.stderr)
+    return groups
 
 
 def _tell_parameters(groups: Sequence[ParameterGroup]) -> None:

@@ -30,9 +30,11 @@ def write_diffusers(out: Path, family: Family, weights: Weights) -> list[Path]:
 
     Of one text encoder the embeddings are under the trigger word, by which the loader calls them; in small letters,
     for CLIP's tokenizer makes them so, and the pipeline then finds no others. Of two they are by encoder (clip_l,
-    clip_g), and are loaded one at a time.
+    clip_g), and are loaded one at a time. Nothing of adapters other than LoRA, which that loader does not know.
     """
-    written = []
+    written: list[Path] = []
+    if artifact.adapter_type(weights.manifest.nets) != "lora":
+        return written
     for name, tensors in ((artifact.LORA_FILE, weights.tensors), (DIFFUSERS_EMBEDDINGS, weights.rows)):
         if tensors:
             header = artifact.adapter_header(tensors, weights.manifest)

@@ -43,6 +43,8 @@ def join(settings: JoinSettings) -> None:
         manifests = [artifact.read_manifest(part) for part in parts]
         if (manifests[0].nets == {}) != (manifests[1].nets == {}):
             raise UserError("One of the weights is whole nets and the other an adapter: give both to predict.py apart.")
+        if len({artifact.adapter_type(one.nets) for one in manifests if one.nets}) > 1:
+            raise UserError("The two weights are adapters of several types: give both to predict.py apart.")
         worded = next((one for one in manifests if one.tokens), manifests[0])
         taken = {"method": worded.method, "n_tokens": worded.settings["n_tokens"]}
         joined = manifests[0].model_copy(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LoraConfigs = dict[str, dict[str, Any]]  # net -> LoraConfig as plain values, as in Manifest.nets
 
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+# LyCORIS' names, which peft's LoKr shares
+LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+PARTS |= {part: part for part in LOKR_PARTS}
 # SDXL's added conditioning has only its name in the original UNet: the spelling of diffusers cannot be read back.
 RESPELLED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 # Width of the text that cross-attention reads -> how kohya and ModelSpec call the base model.
@@ -77,6 +80,12 @@ def to_kohya(state: dict[str, torch.Tensor], nets: LoraConfigs, two_text_encoder
         elif part == "lora_magnitude_vector":
             up = state[f"{net}.{module}.lora_B.weight"]
             tensor = tensor.reshape(-1, *[1] * (up.dim() - 1))
+        elif part in LOKR_PARTS:
+            scale = nets[net]["alpha"] / nets[net]["r"]
+            converted[f"{name}.alpha"] = torch.tensor(float(nets[net]["alpha"]))
+            # LyCORIS takes the scale of two whole factors to be 1, whatever alpha says
+            whole = all(f"{net}.{module}.{one}" in state for one in ("lokr_w1", "lokr_w2"))
+            tensor = tensor * scale if whole and part == "lokr_w1" else tensor
         converted[f"{name}.{PARTS[part]}"] = tensor
     return converted
 
@@ -88,10 +97,13 @@ def header(state: dict[str, torch.Tensor], manifest: Manifest, prediction_type: 
     of the cross-attention tells it, and left out for others (the toybox's). `prediction_type`: diffusers' name.
     """
     described = modelspec(manifest, prediction_type) | _training(manifest)
-    config = artifact.main_config(manifest.nets)
-    rank, alpha = str(config["r"]), str(config["lora_alpha"])
+    config = artifact.adapter_settings(manifest.nets)
+    rank, alpha = str(config["lora_rank"]), str(config["lora_alpha"])
     described |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
-    if any(tensor.dim() == 4 for tensor in state.values()):
+    if config["adapter_type"] == "lokr":
+        described["ss_network_module"] = "lycoris.kohya"
+        described["ss_network_args"] = json.dumps({"algo": "lokr", "factor": str(config["lokr_factor"])})
+    elif any(tensor.dim() == 4 for tensor in state.values()):
         described["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
     widths = {tensor.shape[1] for key, tensor in state.items() if key.endswith("attn2.to_k.lora_A.weight")}
     if len(widths) == 1:

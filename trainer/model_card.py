@@ -36,6 +36,7 @@ SHOWN = (
     "seed",
     "init_adapter",
 )
+ADAPTERS = {"lora": "a LoRA", "lokr": "a LoKr (Kronecker products)", "oft": "an OFT (rotations)"}
 KINDS = {
     "textual_inversion": "textual-inversion",
     "full": "full-finetune",
@@ -98,10 +99,12 @@ def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
 
 def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
     family = families.family_class(manifest.base_model)
+    adapter = artifact.adapter_type(manifest.nets)
     kind = "dora" if manifest.settings.get("use_dora") else KINDS.get(manifest.method, manifest.method)
+    kind = adapter if kind == "lora" else kind
     header: dict = {"base_model": manifest.base_model} if _on_hub(manifest) else {}
     library = ["diffusers"] if family.card_program == "diffusers" else []
-    stock = manifest.nets and not METHODS[manifest.method].draws_from_conditions
+    stock = manifest.nets and adapter == "lora" and not METHODS[manifest.method].draws_from_conditions
     tags = ["text-to-image", *library, kind, *(["template:sd-lora"] if stock else []), *family.card_tags]
     header |= {
         "license": manifest.base_license or "unknown",
@@ -115,9 +118,10 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
 
 
 def _what(manifest: Manifest) -> str:
+    adapter = ADAPTERS[artifact.adapter_type(manifest.nets)]
     what = {
-        "pivotal": "New token embeddings and a LoRA",
-        "lora": "A LoRA",
+        "pivotal": f"New token embeddings and {adapter}",
+        "lora": adapter[0].upper() + adapter[1:],
         "textual_inversion": "New token embeddings",
         "full": "A full fine-tune",
         "prefix": "A prefix (vectors before the text encoder's input)",
@@ -163,6 +167,11 @@ def _pictures(previews: list[Preview]) -> str:
 def _diffusers(manifest: Manifest, place: Place) -> str:
     if not METHODS[manifest.method].in_stock_pipelines:
         return "Diffusers has no place for these weights in its pipelines: Atelier draws with them, as below."
+    if artifact.adapter_type(manifest.nets) != "lora":
+        return (
+            "Diffusers loads LoRA alone: merge the weights into a model of its own, or draw with them as below:\n\n"
+            "```\npython -m trainer.export --weights trained_model.tar --out merged --merge true\n```"
+        )
     if METHODS[manifest.method].draws_from_conditions:
         return (
             "The adapter acts on the tokens of condition pictures alone, which no stock pipeline computes: draw with "

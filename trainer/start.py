@@ -86,8 +86,7 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
     text = {net.name for net in family.nets if net.part == TEXT}
     taken: dict[str, Any] = {}
     if manifest.nets:
-        config = artifact.main_config(manifest.nets)
-        taken = {"lora_rank": config["r"], "lora_alpha": float(config["lora_alpha"])}
+        taken = artifact.adapter_settings(manifest.nets)
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
     if manifest.tokens:
         taken["n_tokens"] = len(manifest.tokens)

@@ -7,10 +7,12 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from preprocessing.trigger import trigger_pattern, without_trigger
 from trainer.cache import Cache, lookup
 from trainer.config import JobSettings
 from trainer.draws import Draw, draw
 from trainer.families.base import Family
+from trainer.methods import regularisers
 from trainer.methods.base import Method
 from trainer.samples import Batch, Conditioning, padded
 
@@ -72,8 +74,14 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         batch = self._method.prepared(self._family, batch)
-        conditioning = batch.conditioning | self.conditioning(batch.captions)
-        loss = self._family.training_loss(batch, conditioning, self._settings.snr_gamma)
+        text = read = self.conditioning(batch.captions)
+        if scale := self._settings.conditioning_noise:
+            # no caption stays what guidance leads away from
+            pairs = zip(batch.keys, batch.captions, strict=True)
+            text = regularisers.noisy(text, [f"{key}/noise" if caption else "" for key, caption in pairs], scale)
+        loss = self._family.training_loss(batch, batch.conditioning | text, self._settings.snr_gamma)
+        if weight := self._settings.conditioning_norm_penalty:
+            loss = loss + weight * self._norm_distance(batch.captions, read)
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()
@@ -119,6 +127,19 @@ class TrainStep(nn.Module):
             nothing = null[name].to(value).expand(len(value), *[-1] * (value.ndim - 1))
             chosen[name] = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), *padded([nothing, value]))
         return chosen
+
+    def _norm_distance(self, captions: list[str], read: Conditioning) -> Tensor | float:
+        """How far the length of what was read for B captions is from the base model's with the class word for the
+        trigger: the sum of `regularisers.norm_distance` over the captions with the trigger, divided by B.
+        """
+        trigger, word = self._settings.trigger_word, self._settings.class_word
+        pattern = trigger_pattern(trigger)
+        plain = {i: without_trigger(c, trigger, word) for i, c in enumerate(captions) if pattern.search(c)}
+        kept = [i for i, caption in plain.items() if caption]
+        if not kept:
+            return 0.0
+        found = {name: value[kept] for name, value in read.items()}
+        return regularisers.norm_distance(found, lookup(self._text, [plain[i] for i in kept])).sum() / len(captions)
 
     def _preservation(self, batch: Batch) -> Tensor:
         """Mean squared distance to the base model's predictions on prompts without the trigger.

@@ -35,10 +35,15 @@ def write(
     """Write LoRA `tensors` (keys as in adapter.safetensors) and `rows` (as in embeddings.safetensors) into `folder`.
 
     Either may be empty; the bundle is written where there are both. Nothing is for a family that these programs load no
-    adapters for, nor for a method whose adapters they would let act elsewhere. Raises as `Family.export_comfyui` does.
+    adapters for, nor for a method whose adapters they would let act elsewhere; of LoKr and OFT only the tokens, but for
+    what `Family.ui_adapters` names. Raises as `Family.export_comfyui` does.
     """
     if not family.ui_files or METHODS[manifest.method].draws_from_conditions:
         return
+    if artifact.adapter_type(manifest.nets) not in family.ui_adapters:
+        tensors = {}
+        if not rows:
+            return
     folder.mkdir(parents=True, exist_ok=True)
     name, lora = embedding_name(manifest.trigger_word), folder / f"{LORA}.safetensors"
     if tensors:

@@ -137,3 +137,52 @@ def test_gradients_are_clipped_to_the_norm(settings, train_on, dataset, monkeypa
     rows = train_on(settings(method="full", max_grad_norm=0.01, lr_warmup_steps=0), dataset).rows
     assert all(row["grad_norm"] > 0.02 for row in rows)
     assert seen == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 8.0])
+def test_lora_plus_moves_the_matrices_b_at_a_rate_of_their_own(ratio, settings, train_on, dataset, tmp_path):
+    """Adam's first step is as long as its rate for every number that has a gradient; A has none while B is zero."""
+    common = {"method": "lora", "lr_warmup_steps": 0, "lr_schedule": "constant", "weight_decay": 0.0}
+    job = settings(lora_plus_ratio=ratio, max_train_steps=2, **common, **EVERY_STEP)
+    trained = train_on(job, dataset)
+    names = ["lr/weights"] if ratio == 1 else ["lr/weights", "lr/weights_up"]
+    assert [name for name in trained.rows[0] if name.startswith("lr/")] == names
+    ups = [value for name, value in trained.tensors.items() if ".lora_B." in name]
+    first = states(job.output_dir)[0]["parameters"]
+    # without a ratio the parameters lie as they always did: A and B of one layer after the other
+    found = first[1::2] if ratio == 1 else first[len(first) // 2 :]
+    assert sorted(p.shape for p in found) == sorted(p.shape for p in ups) and len(ups) > 4
+    for matrix in found:
+        assert matrix.abs().max().item() == pytest.approx(1e-3 * ratio, rel=1e-3)
+
+
+def test_lora_plus_takes_dora_and_the_text_encoders_apart(lab, create):
+    for variant, names in (
+        ("pivotal dora", ["weights", "weights_up", "tokens"]),
+        ("lora text", ["weights", "weights_up", "text_weights", "text_weights_up"]),
+    ):
+        method = create(variant, lora_plus_ratio=16.0, text_encoder_lr=1e-5)
+        groups = method.attach(lab.family)
+        assert [group.name for group in groups] == names and set(method.schedule(0.5)) >= set(names)
+        assert groups[1].learning_rate == 16 * groups[0].learning_rate
+        assert all(not p.any() for p in groups[1].parameters) and all(p.any() for p in groups[0].parameters)
+        method.detach(lab.family)
+
+
+def test_tokens_are_trained_alone_first_and_the_weights_schedule_begins_after(settings, train_on, dataset):
+    job = settings(token_warmup=0.25, max_train_steps=8, lr_warmup_steps=2, lr_schedule="linear", **EVERY_STEP)
+    trained = train_on(job, dataset)
+    kept = [state["parameters"] for state in states(job.output_dir)]
+    assert not any(p.any() for p in kept[1][1:-1:2])  # the matrices B after two steps
+    assert torch.equal(kept[0][0], kept[1][0]) and not torch.equal(kept[0][-1], kept[1][-1])
+    assert all(p.any() for p in kept[2][1:-1:2])
+    for i, row in enumerate(trained.rows):
+        wanted = 1e-3 * weights_factor("linear", (i - 2) / 6, 2 / 6) if i >= 2 else 0.0
+        assert row["lr/weights"] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_without_a_token_warmup_the_schedule_is_what_it_was_bit_for_bit(create):
+    for variant in ("pivotal", "lora"):
+        method = create(variant, max_train_steps=37, lr_warmup_steps=5)
+        for step in range(37):
+            assert method.schedule(step / 37)["weights"] == weights_factor("cosine", step / 37, 5 / 37)

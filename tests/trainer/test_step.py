@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from preprocessing.prepared import PreparedDataset
-from trainer import cache, methods
-from trainer.cache import Cache
-from trainer.config import JobSettings
+from tests.trainer.bench import Bench, set_up
+from trainer import methods
 from trainer.draws import draw
 from trainer.families.base import TEXT, Family
 from trainer.fitting import preserved_prompts
-from trainer.methods.base import Method
-from trainer.samples import Batch
-from trainer.step import PRESERVED_EVERY, BatchMaker, TrainStep
-
-CPU = torch.device("cpu")
-
-
-@dataclass
-class Bench:
-    """A method attached to a base model, ready to take a step."""
-
-    family: Family
-    method: Method
-    cached: Cache
-    settings: JobSettings
-    batches: BatchMaker
-    module: TrainStep
-
-    def batch(self, step: int = 0, indices: tuple[int, ...] = (0, 1, 2, 3)) -> Batch:
-        return self.batches.make(step, list(indices), range(len(indices)), len(indices))
+from trainer.step import PRESERVED_EVERY
 
 
 @pytest.fixture
 def bench(lab, tiny_model, settings) -> Callable[..., Bench]:
     """Sets a step up as the job does."""
-
-    def made(dataset: PreparedDataset, **changes: Any) -> Bench:
-        chosen = settings(base_model=str(tiny_model), **changes)
-        method = methods.create(chosen)
-        preserved = preserved_prompts(chosen, method, dataset)
-        captions = () if method.needs_text_grad else [item.caption for item in dataset.items]
-        cached = cache.build(lab.family, dataset, [*captions, *preserved], lambda *_: None)
-        method.attach(lab.family)
-        batches = BatchMaker(cached, chosen, CPU, preserved)
-        return Bench(lab.family, method, cached, chosen, batches, TrainStep(lab.family, method, cached, chosen))
-
-    return made
+    return lambda dataset, **changes: set_up(lab.family, settings(base_model=str(tiny_model), **changes), dataset)
 
 
 def test_latents_are_sampled_anew_from_the_cached_posterior(bench, dataset):

@@ -195,6 +195,7 @@ class Family(Drawable):
 
     recommended: ClassVar[dict[str, dict[str, Any]]]  # settings by method, "any" for all
     ui_files: ClassVar[bool] = True  # whether ComfyUI and A1111 load adapters for it
+    ui_adapters: ClassVar[tuple[str, ...]] = ("lora",)  # the values of adapter_type that `export_comfyui` can write
     # key in embeddings.safetensors -> in an embedding file for ComfyUI and A1111, and in a file bundled with a LoRA
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {}
     card_program: ClassVar[str | None] = "diffusers"  # what `how_to` draws with; None: predict.py alone
@@ -323,7 +324,7 @@ class Family(Drawable):
 
     @abstractmethod
     def export_comfyui(self, path: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        """Write LoRA weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
+        """Write an adapter's weights (diffusers' keys) as a file that ComfyUI and A1111 load."""
 
     def describe(self) -> dict[str, str]:
         """What the headers of exported files need to know of the loaded model: diffusers' prediction_type."""

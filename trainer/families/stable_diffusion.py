@@ -42,6 +42,7 @@ class StableDiffusion(PipelineFamily):
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
     text_layers: ClassVar[tuple[str, str] | None] = ("attn2.to_k", "attn2.to_v")
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    ui_adapters: ClassVar[tuple[str, ...]] = ("lora", "lokr")
     card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
         "any": {

@@ -1,14 +1,25 @@
-"""LoRA and DoRA on any of a family's nets, by peft (Hu et al. 2021, arXiv:2106.09685; Liu et al. 2024, 2402.09353)."""
+"""Adapters on any of a family's nets, by peft: LoRA (Hu et al. 2021, arXiv:2106.09685), DoRA (Liu et al. 2024,
+arXiv:2402.09353), LoKr (Yeh et al. 2023, arXiv:2309.14859) and OFT (Qiu et al. 2023, arXiv:2306.07280).
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import recurse_remove_peft_layers
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -18,14 +29,27 @@ from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Family, Net
 
 ADAPTER = "default"
+CONFIGS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, "lokr": LoKrConfig, "oft": OFTConfig}
+PARTS = re.compile(r"\.(?:lora|lokr|oft)_")  # between a layer's name and that of its adapter's tensor
 
 
-def lora_config(settings: JobSettings, targets: tuple[str, ...]) -> LoraConfig:
-    """peft's configuration of one net's adapter."""
+def adapter_config(settings: JobSettings, targets: tuple[str, ...]) -> PeftConfig:
+    """peft's configuration of one net's adapter. Each begins as no change of the net.
+
+    LoKr adds alpha / r * kron(w1, w2) to a weight, w1 of at most `lokr_factor` rows and columns, w2 a product of rank
+    `lora_rank` where that is smaller. OFT multiplies what a layer reads by a block-diagonal rotation, each block the
+    Cayley transform (I - Q)(I + Q)^-1 of a skew-symmetric Q of `lora_rank` rows, exactly.
+    """
     rank = settings.lora_rank
+    alpha = rank if settings.lora_alpha is None else settings.lora_alpha
+    if settings.adapter_type == "lokr":
+        factor, chosen = settings.lokr_factor, list(targets)
+        return LoKrConfig(r=rank, alpha=alpha, target_modules=chosen, decompose_factor=factor, init_weights="lycoris")
+    if settings.adapter_type == "oft":
+        return OFTConfig(oft_block_size=rank, target_modules=list(targets), use_cayley_neumann=False)
     return LoraConfig(
         r=rank,
-        lora_alpha=rank if settings.lora_alpha is None else settings.lora_alpha,
+        lora_alpha=alpha,
         target_modules=list(targets),
         use_dora=settings.use_dora,
         init_lora_weights="gaussian",
@@ -33,13 +57,24 @@ def lora_config(settings: JobSettings, targets: tuple[str, ...]) -> LoraConfig:
 
 
 def inject(module: nn.Module, config: PeftConfig, adapter: str = ADAPTER) -> list[nn.Parameter]:
-    """Put an adapter into a net in place; its parameters, in fp32."""
+    """Put an adapter into a net in place; its parameters, in fp32. UserError for a layer that it cannot adapt."""
     before = {id(p) for p in module.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # the nearest that the layer's width allows
         inject_adapter_in_model(config, module, adapter)
+    if isinstance(config, OFTConfig) and any(map(_has_overlaps, tuner_layers(module))):
+        raise UserError(
+            "adapter_type oft: peft rotates no convolution's overlapping patches: use lora_targets attention."
+        )
     cast_training_params(module, torch.float32)
     return [p for p in module.parameters() if p.requires_grad and id(p) not in before]
+
+
+def _has_overlaps(layer: BaseTunerLayer) -> bool:
+    """Whether an adapted layer is a convolution of more than a pixel: peft folds its rotated patches into their sum."""
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1)
 
 
 def remove(module: nn.Module, adapter: str = ADAPTER) -> None:
@@ -79,7 +114,7 @@ def net_configs(family: Family, nets: list[str]) -> dict[str, dict]:
 
 
 def lora_state(family: Family, nets: list[str]) -> dict[str, Tensor]:
-    """The nets' LoRA weights in fp32 with diffusers' keys."""
+    """The nets' adapter weights in fp32 with diffusers' keys."""
     return {
         f"{name}.{key}": value.detach().float().cpu()
         for name in nets
@@ -87,8 +122,8 @@ def lora_state(family: Family, nets: list[str]) -> dict[str, Tensor]:
     }
 
 
-def saved_configs(folder: Path, family: Family) -> dict[str, LoraConfig]:
-    """peft's configuration of each net that an archive has LoRA weights for; UserError where it is not one."""
+def saved_configs(folder: Path, family: Family) -> dict[str, PeftConfig]:
+    """peft's configuration of each net that an archive has an adapter for; UserError where it is not one."""
     stored = artifact.read_manifest(folder).nets
     unknown = sorted(set(stored) - {net.name for net in family.nets})
     if unknown:
@@ -96,13 +131,13 @@ def saved_configs(folder: Path, family: Family) -> dict[str, LoraConfig]:
             f"The weights are for {unknown[0]}, which the base model has not: use the base they were made on."
         )
     try:
-        return {name: LoraConfig(**config) for name, config in stored.items()}
-    except (TypeError, ValueError) as error:
+        return {name: CONFIGS[artifact.adapter_type({name: config})](**config) for name, config in stored.items()}
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{artifact.MANIFEST} of the weights: nets: {error}; train again or copy it again.") from error
 
 
 def put_in(
-    module: nn.Module, name: str, config: LoraConfig, tensors: dict[str, Tensor], adapter: str = ADAPTER
+    module: nn.Module, name: str, config: PeftConfig, tensors: dict[str, Tensor], adapter: str = ADAPTER
 ) -> list[nn.Parameter]:
     """Put an adapter with an archive's weights into the net called `name`; its parameters. UserError at a misfit."""
     parameters = inject(module, config, adapter)
@@ -116,17 +151,15 @@ def check_layers(net: Net, module: nn.Module, tensors: dict[str, Tensor], preset
     """Raise UserError unless an archive adapts just those layers of a net that a preset of targets names."""
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     wanted = {name for name in layers if any(f".{name}".endswith(f".{end}") for end in net.targets[preset])}
-    found = {
-        key.removeprefix(f"{net.name}.").partition(".lora_")[0] for key in tensors if key.startswith(f"{net.name}.")
-    }
+    found = {PARTS.split(key.removeprefix(f"{net.name}."))[0] for key in tensors if key.startswith(f"{net.name}.")}
     if odd := sorted(wanted ^ found):
         raise UserError(
             f"lora_targets {preset} does not agree with init_adapter (at {odd[0]} of the {net.name}): leave it out."
         )
 
 
-def load_lora(folder: Path, family: Family, configs: dict[str, LoraConfig], adapter: str) -> None:
-    """Put an archive's LoRA weights into the family's nets; raises UserError where the weights do not fit them."""
+def load_lora(folder: Path, family: Family, configs: dict[str, PeftConfig], adapter: str) -> None:
+    """Put an archive's adapters into the family's nets; raises UserError where the weights do not fit them."""
     tensors, _ = artifact.load_tensors(folder / artifact.ADAPTER)
     for name, config in configs.items():
         put_in(family.module(name), name, config, tensors, adapter)
@@ -142,8 +175,9 @@ def check_fit(net: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
 
 
 def set_scale(module: nn.Module, strength: float, adapter: str) -> None:
-    """Scale what the LoRA layers add; 1 is as trained, 0 the base model."""
+    """Scale what the layers add; 1 is as trained, 0 the base model, for OFT no other."""
     for layer in tuner_layers(module):
-        if hasattr(layer, "set_scale"):
+        if hasattr(layer, "scaling"):
             layer.set_scale(adapter, strength)
-            layer.enable_adapters(strength != 0)  # DoRA's magnitudes know no scale
+        if hasattr(layer, "set_scale"):
+            layer.enable_adapters(strength != 0)  # DoRA's magnitudes and OFT's rotations know no scale

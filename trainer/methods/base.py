@@ -52,7 +52,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs_text_grad: bool = False  # whether the text conditioning changes while training
     trains_base_weights: ClassVar[bool] = False  # then the base model is loaded in fp32
-    has_strength: ClassVar[bool] = True  # whether `set_strength` takes other values than 1
+    has_strength: bool = True  # whether `set_strength` takes other values than 1
     changes_weights: ClassVar[bool] = True  # whether prompts without the trigger are drawn otherwise than before
     changes_text: bool = False  # whether prompts without the trigger are encoded otherwise than before
     changes_null: bool = False  # whether no caption is, too

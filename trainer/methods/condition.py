@@ -28,7 +28,7 @@ from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
 from trainer.methods.base import Method, ParameterGroup, Shown, weights_factor
-from trainer.methods.lora import WEIGHTS, weights_group
+from trainer.methods.lora import UP, WEIGHTS, lora_groups, weights_group
 from trainer.samples import Batch, Conditioning, Picture
 
 SOURCE = "source"  # beside condition_0, condition_1, ... in a sample's conditioning
@@ -86,7 +86,7 @@ class Condition(Method):
         else:
             parameters = self._injected(module, pattern, unread)
         family.add_branches(self.layout())
-        return [weights_group(settings, WEIGHTS, parameters)]
+        return lora_groups(settings, [weights_group(settings, WEIGHTS, parameters)], [module])
 
     def _injected(self, module: nn.Module, pattern: str, unread: str) -> list[nn.Parameter]:
         """The parameters of a fresh adapter."""
@@ -122,7 +122,7 @@ class Condition(Method):
     def schedule(self, progress: float) -> dict[str, float]:
         settings = self.settings
         warmup = settings.lr_warmup_steps / settings.max_train_steps
-        return {WEIGHTS: weights_factor(settings.lr_schedule, progress, warmup)}
+        return dict.fromkeys((WEIGHTS, WEIGHTS + UP), weights_factor(settings.lr_schedule, progress, warmup))
 
     def picture(self, picture: Picture) -> Picture:
         if all(type(one).target is Task.target for one in self.tasks):

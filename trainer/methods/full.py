@@ -24,7 +24,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     trains_base_weights: ClassVar[bool] = True
-    has_strength: ClassVar[bool] = False
+    has_strength: bool = False
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)

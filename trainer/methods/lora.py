@@ -1,15 +1,17 @@
-"""LoRA or DoRA on the denoiser, and on the text encoders if asked; the trigger stays an ordinary word."""
+"""LoRA, DoRA, LoKr or OFT on the denoiser, and on the text encoders if asked; the trigger stays an ordinary word."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from preprocessing.errors import UserError
 from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -18,17 +20,19 @@ from trainer.methods import adapters
 from trainer.methods.base import Method, ParameterGroup, weights_factor
 
 WEIGHTS, TEXT_WEIGHTS = "weights", "text_weights"
+UP = "_up"  # behind a group's name: LoRA's matrices B, where they have a learning rate of their own
 ATTENTION = "attention"  # the layers of a net that the weights that training starts from leave alone
 
 
 class Lora(Method):
-    """Low-rank adapters; see trainer.methods.adapters."""
+    """Adapters on weights; see trainer.methods.adapters."""
 
     name: ClassVar[str] = "lora"
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self.needs_text_grad = self.changes_text = self.changes_null = settings.train_text_encoder
+        self.has_strength = settings.adapter_type != "oft"
         self._family: Drawable | None = None
         self._nets: list[str] = []
         self._matrices: list[Tensor] = []
@@ -53,19 +57,23 @@ class Lora(Method):
                 module, preset = family.module(net.name), self.settings.lora_targets
                 if net.name not in configs:
                     group += adapters.inject(
-                        module, adapters.lora_config(self.settings, net.targets[preset or ATTENTION])
+                        module, adapters.adapter_config(self.settings, net.targets[preset or ATTENTION])
                     )
                     continue
                 if preset is not None:
                     adapters.check_layers(net, module, tensors, preset)
                 group += adapters.put_in(module, net.name, configs[net.name], tensors)
         self._matrices = [p for group in found.values() for p in group if p.ndim > 1]
-        return [weights_group(self.settings, name, group) for name, group in found.items() if group]
+        groups = [weights_group(self.settings, name, group) for name, group in found.items() if group]
+        return lora_groups(self.settings, groups, [family.module(name) for name in self._nets])
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings = self.settings
-        factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
-        return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+        settings, alone = self.settings, self.settings.token_warmup
+        left, factor = 1 - alone, 0.0
+        if progress >= alone:
+            warmup = settings.lr_warmup_steps / settings.max_train_steps / left
+            factor = weights_factor(settings.lr_schedule, (progress - alone) / left, warmup)
+        return dict.fromkeys((WEIGHTS, WEIGHTS + UP, TEXT_WEIGHTS, TEXT_WEIGHTS + UP), factor)
 
     def penalty(self) -> Tensor | float:
         if not self.settings.lora_l1_penalty:
@@ -108,6 +116,8 @@ class Lora(Method):
         return self.settings.trigger_word
 
     def set_strength(self, family: Drawable, strength: float) -> None:
+        if not self.has_strength and strength not in (0, 1):
+            raise UserError("lora_scale cannot scale rotations (adapter_type oft): use 1, or 0 for the base model.")
         for name in self._nets:
             adapters.set_scale(family.module(name), strength, self.adapter)
 
@@ -118,3 +128,21 @@ def weights_group(settings: JobSettings, name: str, parameters: list) -> Paramet
     if name == TEXT_WEIGHTS and settings.text_encoder_lr is not None:
         rate = settings.text_encoder_lr
     return ParameterGroup(name, parameters, settings.optimizer, rate, settings.weight_decay)
+
+
+def lora_groups(settings: JobSettings, groups: list[ParameterGroup], modules: list[nn.Module]) -> list[ParameterGroup]:
+    """The groups with the matrices B of LoRA, which begin at zero, in groups of their own, whose learning rate is
+    lora_plus_ratio times that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354: eta_B = lambda eta_A). What else there
+    is, DoRA's magnitudes, moves with A. Ratio 1 leaves the groups as they are.
+    """
+    ratio, parted = settings.lora_plus_ratio, []
+    if ratio == 1:
+        return groups
+    ups = {id(p) for module in modules for name, p in module.named_parameters() if ".lora_B." in name}
+    for group in groups:
+        slow = [p for p in group.parameters if id(p) not in ups]
+        fast = [p for p in group.parameters if id(p) in ups]
+        rate = group.learning_rate * ratio
+        parted += [replace(group, parameters=slow)]
+        parted += [replace(group, name=group.name + UP, parameters=fast, learning_rate=rate)]
+    return parted

@@ -29,6 +29,7 @@ class Pivotal(Method):
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
         self._tokens, self._lora = TextualInversion(settings), Lora(settings)
+        self.has_strength = self._lora.has_strength
 
     def begin_from(self, folder: Path) -> None:
         self._lora.begin_from(folder)

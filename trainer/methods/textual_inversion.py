@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from trainer import artifact
@@ -14,6 +15,7 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import Drawable, Family
 from trainer.methods.base import Method, ParameterGroup
+from trainer.methods.regularisers import Spectrum
 from trainer.methods.tokens import NewTokens, token_names
 
 TOKENS = "tokens"
@@ -30,6 +32,7 @@ class TextualInversion(Method):
         super().__init__(settings)
         self._tokens = NewTokens(settings.trigger_word, token_names(settings.n_tokens))
         self._start: Path | None = None
+        self._spectra: list[Spectrum] = []  # of each text encoder's vocabulary, where a penalty asks for it
 
     def begin_from(self, folder: Path) -> None:
         self._start = folder
@@ -40,6 +43,8 @@ class TextualInversion(Method):
         if self._start is not None and (self._start / artifact.EMBEDDINGS).is_file():
             values, _ = artifact.load_tensors(self._start / artifact.EMBEDDINGS)
         self._tokens.attach(family, settings.class_word, settings.seed, values)
+        if settings.token_covariance_penalty:
+            self._spectra = [Spectrum(words) for words in self._tokens.vocabularies()]
         # no decay: it would pull the rows to zero, away from the vocabulary they belong to
         return [
             ParameterGroup(
@@ -52,7 +57,12 @@ class TextualInversion(Method):
 
     def penalty(self) -> Tensor | float:
         weight = self.settings.token_std_penalty
-        return weight * self._tokens.spread_penalty() if weight else 0.0
+        total = weight * self._tokens.spread_penalty() if weight else 0.0
+        if self._spectra:
+            pairs = zip(self._spectra, self._tokens.parameters, strict=True)
+            distance = torch.stack([spectrum.distance(rows) for spectrum, rows in pairs]).mean()
+            total = total + self.settings.token_covariance_penalty * distance
+        return total
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:
@@ -75,6 +85,7 @@ class TextualInversion(Method):
 
     def detach(self, family: Drawable) -> None:
         self._tokens.detach(family)
+        self._spectra = []
 
     def merge(self, family: Family) -> str:
         return self._tokens.merge(family, self.settings.trigger_word)

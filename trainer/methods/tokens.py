@@ -28,6 +28,7 @@ class _Tower:
     tower: TextTower
     rows: nn.Parameter | None  # [n, d]; None until they are in place
     vocabulary_std: float
+    vocabulary_size: int  # of the tokenizer: the rows behind are padding
     original_weight: Tensor  # the vocabulary as it was: [V, d]
     original_tokenizer: Any
 
@@ -59,7 +60,7 @@ class NewTokens:
             rows = self._fitting(values, tower.embedding_key, original.shape[1])
         std = original[:size].float().std(dim=1).mean().item()
         # before the first change: what is stopped halfway (a request may be cancelled) can be taken out again
-        self._towers.append(part := _Tower(tower, None, std, original, tower.tokenizer))
+        self._towers.append(part := _Tower(tower, None, std, size, original, tower.tokenizer))
         tower.encoder.resize_token_embeddings(max(len(tokenizer), len(original)), mean_resizing=False)
         ids = tokenizer.convert_tokens_to_ids(self.names)
         config = TrainableTokensConfig(
@@ -125,6 +126,10 @@ class NewTokens:
         """Mean squared relative distance of each row's standard deviation to the vocabulary's; fine for n = 1."""
         terms = [((part.rows.std(dim=1) / part.vocabulary_std - 1) ** 2).mean() for part in self._towers]
         return torch.stack(terms).mean()
+
+    def vocabularies(self) -> list[Tensor]:
+        """Each text encoder's own words: [V, d]."""
+        return [part.original_weight[: part.vocabulary_size] for part in self._towers]
 
     def rows(self) -> dict[str, Tensor]:
         """The new rows by embedding key: fp32 [n, d]."""
