@@ -77,6 +77,15 @@ class PreparedDataset(BaseModel):
     inputs_hash: str = ""  # SHA-256 over what it was made from: the upload, the settings, the versions
     folder: Path
 
+    def triggers_of(self, item: PreparedItem) -> tuple[str, ...]:
+        """The triggers that an item's caption should hold."""
+        return (self.trigger_word,)
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """All triggers."""
+        return (self.trigger_word,)
+
     def save(self) -> None:
         """Write the manifest into the folder, whole (temporary name, then rename)."""
         temporary = self.folder / (MANIFEST + ".tmp")

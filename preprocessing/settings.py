@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from preprocessing.concepts import Concept
+
 Mode = Literal["subject", "face", "style", "captions"]
 
 
@@ -116,6 +118,16 @@ class PrepareSettings(BaseModel):
         if self.mask_from == "text" and not self.mask_words:
             raise ValueError("mask_from text needs mask_prompt or class_word, the words that it looks for")
         return self
+
+    @property
+    def taught(self) -> tuple[Concept, ...]:
+        """What is taught, each with its trigger."""
+        return (Concept(trigger_word=self.trigger_word, class_word=self.class_word),)
+
+    @property
+    def class_words(self) -> dict[str, str]:
+        """The class word, or "", by trigger."""
+        return {one.trigger_word: one.class_word for one in self.taught}
 
     @property
     def mask_words(self) -> str:

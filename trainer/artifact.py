@@ -65,6 +65,16 @@ HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # field -> what
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
 
 
+class Word(BaseModel):
+    """A trigger word, the new tokens that it stands for, in order, and what it calls in one word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trigger_word: str
+    tokens: tuple[str, ...] = ()
+    class_word: str = ""
+
+
 class Manifest(BaseModel):
     """What an archive of weights says of itself."""
 
@@ -88,6 +98,21 @@ class Manifest(BaseModel):
     libraries: dict[str, str] = {}  # distribution -> version
     nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its peft LoraConfig, see `lora_config_dict`
     started_from: dict[str, str] = {}  # what init_adapter named, and the SHA-256 of its content
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """Every trigger word."""
+        return (Word(trigger_word=self.trigger_word, tokens=self.tokens, class_word=self.class_word),)
+
+    @property
+    def title(self) -> str:
+        """The trigger words, for people."""
+        return ", ".join(one.trigger_word for one in self.words)
+
+    @property
+    def called(self) -> str:
+        """What is taught as prompts of other programs call it: by tokens, or else by trigger words."""
+        return " and ".join("".join(one.tokens) or one.trigger_word for one in self.words)
 
 
 def library_versions() -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from preprocessing.concepts import trigger_pattern, without_triggers
 from preprocessing.errors import UserError
 from preprocessing.prepared import PreparedDataset
-from preprocessing.trigger import trigger_pattern, without_trigger
 from trainer.config import JobSettings
 from trainer.evaluation.gallery import Drawn, Wish
 from trainer.evaluation.pictures import NEAR_COPY, Neighbour, diversity, is_blank, nearest, thumbnail
@@ -36,7 +36,7 @@ class Exhibit:
     @classmethod
     def of(cls, prompts: Sequence[str], settings: JobSettings, steps: int, scalable: bool) -> Exhibit:
         """What a run that large can afford; `steps` are a picture's, `scalable` whether weights have a strength."""
-        has_trigger = trigger_pattern(settings.trigger_word).search
+        has_trigger = trigger_pattern(*settings.class_words).search
         prompt = next((prompt for prompt in prompts if has_trigger(prompt)), prompts[0])
         strengths = STRENGTHS if scalable else (1.0,)
         passes = 3 * settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
@@ -49,7 +49,7 @@ class Exhibit:
         return cls(
             previews=tuple(Wish(one, seed) for one in prompts for seed in settings.preview_seeds),
             prompt=prompt,
-            plain=without_trigger(prompt, settings.trigger_word, settings.class_word),
+            plain=without_triggers(prompt, settings.class_words),
             grid_seeds=tuple(seeds[:grid]),
             variety_seeds=tuple(seeds[grid : grid + more]),
             strengths=strengths,
@@ -67,9 +67,9 @@ class Exhibit:
         prompts = dict.fromkeys((self.prompt, self.plain))
         return {prompt: [Wish(prompt, seed, strength) for strength in (None, *self.strengths)] for prompt in prompts}
 
-    def subjects(self, trigger_word: str) -> list[Wish]:
-        """The pictures at full strength whose prompts hold the trigger."""
-        has_trigger = trigger_pattern(trigger_word).search
+    def subjects(self, *triggers: str) -> list[Wish]:
+        """The pictures at full strength whose prompts hold a trigger."""
+        has_trigger = trigger_pattern(*triggers).search
         own = [Wish(self.prompt, seed) for seed in (*self.grid_seeds, *self.variety_seeds)]
         return list(dict.fromkeys(wish for wish in (*self.previews, *own) if has_trigger(wish.prompt)))
 
@@ -95,7 +95,7 @@ def refuse_blank(pictures: Drawn, wishes: Sequence[Wish]) -> None:
 
 def look(pictures: Drawn, exhibit: Exhibit, dataset: PreparedDataset) -> Seen:
     """Compare what was drawn with the data set and with what the base model draws."""
-    subjects = exhibit.subjects(dataset.trigger_word)
+    subjects = exhibit.subjects(*dataset.triggers)
     small = {wish: thumbnail(picture) for wish, picture in pictures.items()}
     found: list[Neighbour] = []
     if subjects:
