@@ -256,6 +256,8 @@ class JobSettings(
             raise ValueError(f"base_precision {self.base_precision} is for frozen weights, and full trains them")
         if self.base_precision == "fp8" and not self.gradient_checkpointing:
             raise ValueError("base_precision fp8 saves nothing without gradient_checkpointing: switch it on")
+        if self.concepts and self.method not in ("pivotal", "textual_inversion", "lora"):
+            raise ValueError(f"concepts go with method pivotal, textual_inversion or lora, not {self.method}")
         if self.num_train_epochs is not None and self.max_train_steps is not None:
             raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":

@@ -6,6 +6,7 @@ Only the new rows exist as parameters, in fp32; every other row of the vocabular
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AddedToken
 
 from preprocessing.concepts import trigger_pattern
 from preprocessing.errors import UserError
+from trainer.artifact import Word
 from trainer.config import JobSettings
 from trainer.draws import generator
 from trainer.families.base import Family, TextTower
@@ -157,8 +159,23 @@ def _embedding_name(encoder: nn.Module) -> str:
 
 
 def token_names(settings: JobSettings) -> dict[str, tuple[str, ...]]:
-    """<s0>, <s1>, ... by trigger."""
-    return {one.trigger_word: tuple(f"<s{i}>" for i in range(settings.n_tokens)) for one in settings.taught}
+    """<s0>, <s1>, ... by trigger, numbered on from one to the next."""
+    number = itertools.count()
+    return {
+        one.trigger_word: tuple(f"<s{next(number)}>" for _ in range(one.n_tokens or settings.n_tokens))
+        for one in settings.taught
+    }
+
+
+def words_of(settings: JobSettings, tokens: Sequence[str]) -> dict[str, Any]:
+    """Fields of a Manifest that say which word stands for what; `tokens` are all that the method has, perhaps none."""
+    names = token_names(settings) if tokens else {}
+    words = tuple(
+        Word(trigger_word=one.trigger_word, tokens=names.get(one.trigger_word, ()), class_word=one.class_word)
+        for one in settings.taught
+    )
+    first = {"trigger_word": words[0].trigger_word, "class_word": words[0].class_word, "tokens": tuple(tokens)}
+    return first | {"concepts": words if settings.concepts else ()}
 
 
 def _initial_rows(tower: TextTower, vocabulary: Tensor, class_word: str, draw: tuple[int, torch.Generator]) -> Tensor:
