@@ -93,7 +93,7 @@ def build(
     with torch.no_grad():
         null = family.null_picture()
     balance = None
-    if dataset.concepts:
+    if len(dataset.concepts) > 1:
         balance = Balance(tuple(item.concept for item in dataset.items), tuple(c.weight for c in dataset.concepts))
     return Cache(samples, mirrored, encode_captions(family, text), repeats, balance, null, family.dropped_picture_share)
 
