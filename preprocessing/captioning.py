@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -103,6 +103,17 @@ def caption_all(
     if rest:
         captions |= _captioned(rest, settings, said, report)
     return captions
+
+
+def also_called(caption: Caption, settings: PrepareSettings) -> Caption:
+    """A caption of one concept as that of another one too, which the picture shows as well; `settings` are its own."""
+    edited = Edited(caption.trained)
+    if caption.source != "user":
+        edited = rules.with_identity(edited, settings)
+    trained = dressed(edited.text, settings)
+    return replace(
+        caption, trained=trained, changes=(*caption.changes, *edited.changes, *_dressing(edited.text, trained))
+    )
 
 
 def _users(text: str, settings: PrepareSettings) -> Caption:

@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from preprocessing.concepts import trigger_pattern
 from preprocessing.page import duration
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from preprocessing.quality import BLURRED, near_duplicates
 from preprocessing.rules import COMMON_SHARE, cleaned, common_fragments
-from preprocessing.trigger import trigger_pattern
 
 LONGEST_CUT = 200  # characters of a caption's cut end that are shown
 
@@ -110,7 +110,7 @@ def examine(dataset: PreparedDataset, reader: Reader | None = None) -> Findings:
             source=name,
             verdict="fixed" if _fixes(firsts[name]) else "used",
             done=firsts[name].notes,
-            warnings=tuple(_warnings(firsts[name], twins.get(name, []), dataset.trigger_word, reader)),
+            warnings=tuple(_warnings(firsts[name], twins.get(name, []), dataset.triggers_of(firsts[name]), reader)),
         )
         for name in names
     ]
@@ -139,7 +139,7 @@ def _fixes(item: PreparedItem) -> list[str]:
     return [note for note in item.notes if not note.startswith(("masked", "no face", "nothing of mask_prompt"))]
 
 
-def _warnings(item: PreparedItem, twins: list[str], trigger: str, reader: Reader | None) -> list[str]:
+def _warnings(item: PreparedItem, twins: list[str], triggers: tuple[str, ...], reader: Reader | None) -> list[str]:
     warnings = []
     if item.blur is not None and item.blur >= BLURRED:
         warnings.append(f"looks blurred ({item.blur:.2f} of 1)")
@@ -150,8 +150,7 @@ def _warnings(item: PreparedItem, twins: list[str], trigger: str, reader: Reader
         warnings.append(f"nearly the same picture as {', '.join(twins[:3])}{more}")
     if any(note.startswith(("no face", "nothing of mask_prompt", "its mask is not used")) for note in item.notes):
         warnings.append("trained without the mask that was asked for")
-    if not trigger_pattern(trigger).search(item.caption):
-        warnings.append(f"the caption has no {trigger}")
+    warnings += [f"the caption has no {one}" for one in triggers if not trigger_pattern(one).search(item.caption)]
     if item.caption_source not in ("user", "none") and item.original_caption is None:
         warnings.append("the captioner found no words")
     if reader is not None:
@@ -161,7 +160,7 @@ def _warnings(item: PreparedItem, twins: list[str], trigger: str, reader: Reader
                 f"caption of {read.tokens} tokens, {read.limit} are read; cut off: {read.cut[:LONGEST_CUT]!r}"
             )
         if not read.trigger_kept:
-            warnings.append(f"{trigger} lies in the part of the caption that is cut off")
+            warnings.append(f"{' and '.join(triggers)} lies in the part of the caption that is cut off")
     return warnings
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from PIL import Image
 
 from preprocessing.archive import check_source
 from preprocessing.buckets import buckets
-from preprocessing.captioning import Caption, Said, caption_all
+from preprocessing.captioning import Caption, Said, also_called, caption_all
+from preprocessing.concept_folders import Part, parted
+from preprocessing.concepts import Concept
 from preprocessing.crop import (
     WORK,
     Crop,
@@ -88,6 +90,8 @@ def prepare(
         raise ValueError("the job settles resolution and captioner before it prepares")
     if not is_dataset(settings):
         check_source(settings.input_images)
+    elif settings.concepts:
+        raise UserError(f"concepts lie in folders of files, and {settings.input_images} is a data set: leave them out.")
     _check_target(folder, settings.input_images)
     for resolution in (settings.resolution, *settings.extra_resolutions):
         buckets(resolution, stride, settings.bucket_ratio)
@@ -170,25 +174,23 @@ def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], r
     report("unpack", 0, 1)
     upload = open_dataset(settings, share) if is_dataset(settings) else open_upload(settings, unpacked_folder)
     report("unpack", 1, 1)
-    finished, unreadable, reused = _crop_all(upload, settings, place, report)
+    concepts, parts = parted(upload, settings)
+    cropped = [_crop_part(part, place, report) for part in parts]
     for scratch in (unpacked_folder, place.folder / "whole"):
         _remove(scratch)
-    rejects = (*upload.rejects, *unreadable)
-    if not finished:
-        raise UserError(_nothing_left(settings.input_images, rejects))
-    said = Said(settings, place.folder, place.earlier)
-    crops = {picture.name: place.folder / picture.cropped.crops[0].image for picture in finished}
-    captions = caption_all(crops, upload.captions, settings, said, report)
-    if reused or said.reused:
-        print(f"used again from an earlier run: {reused} pictures, {said.reused} captions", file=sys.stderr)
-    items = tuple(
-        _item(picture, crop, captions[picture.name], upload) for picture in finished for crop in picture.cropped.crops
-    )
+    rejects = (*upload.rejects, *(one for _, unreadable, _ in cropped for one in unreadable))
+    for part, (finished, _, _) in zip(parts, cropped, strict=True):
+        if not finished:
+            raise UserError(_nothing_left(part.settings[0].input_images, concepts, part, rejects))
+    items: list[PreparedItem] = []
+    for part, (finished, _, reused) in zip(parts, cropped, strict=True):
+        items += _items(part, finished, reused, place, report)
     dataset = PreparedDataset(
-        items=items,
-        rejects=rejects,
+        items=tuple(items),
+        rejects=tuple(rejects),
         asides=tuple(upload.asides),
-        trigger_word=settings.trigger_word,
+        trigger_word=next((one.trigger_word for one in concepts if not one.concepts), settings.trigger_word),
+        concepts=concepts,
         resolution=settings.resolution,
         horizontal_flip=settings.horizontal_flip,
         dataset_hash=dataset_hash(items),
@@ -200,7 +202,31 @@ def _build(settings: PrepareSettings, place: Place, origin: tuple[str, Share], r
     return dataset
 
 
-def _nothing_left(source: Path, rejects: tuple[Reject, ...]) -> str:
+def _crop_part(part: Part, place: Place, report: Progress) -> tuple[list[Finished], list[Reject], int]:
+    settings = part.settings[0]
+    if part.concept is not None:  # its mask has words of its own
+        place = replace(place, settings_hash=crops_hash(settings, place.stride))
+    return _crop_all(part.upload, settings, place, report)
+
+
+def _items(part: Part, finished: list[Finished], reused: int, place: Place, report: Progress) -> list[PreparedItem]:
+    """A part's pictures with their captions."""
+    settings = part.settings[0]
+    said = Said(settings, place.folder, place.earlier)
+    crops = {picture.name: place.folder / picture.cropped.crops[0].image for picture in finished}
+    captions = caption_all(crops, part.upload.captions, settings, said, report)
+    for other in part.settings[1:]:
+        captions = {name: also_called(caption, other) for name, caption in captions.items()}
+    if reused or said.reused:
+        print(f"used again from an earlier run: {reused} pictures, {said.reused} captions", file=sys.stderr)
+    return [
+        _item(picture, crop, captions[picture.name], part) for picture in finished for crop in picture.cropped.crops
+    ]
+
+
+def _nothing_left(source: Path, concepts: Sequence[Concept], part: Part, rejects: Sequence[Reject]) -> str:
+    if part.concept is not None:
+        source = source / concepts[part.concept].folder
     if not rejects:
         return f"{source} holds no pictures: put some in."
     reasons = "; ".join(f"{reject.source}: {reject.reason}" for reject in rejects[:3])
@@ -267,8 +293,8 @@ def _enlarged(small: list[Done], settings: PrepareSettings, place: Place, report
     return finished
 
 
-def _item(picture: Finished, crop: Crop, caption: Caption, upload: Upload) -> PreparedItem:
-    cropped = picture.cropped
+def _item(picture: Finished, crop: Crop, caption: Caption, part: Part) -> PreparedItem:
+    cropped, upload = picture.cropped, part.upload
     return PreparedItem(
         image=crop.image,
         mask=crop.mask,
@@ -288,6 +314,7 @@ def _item(picture: Finished, crop: Crop, caption: Caption, upload: Upload) -> Pr
         blur=cropped.blur,
         digest=crop.digest,
         class_label=upload.classes.get(picture.name),
+        concept=part.concept,
     )
 
 

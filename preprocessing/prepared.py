@@ -15,6 +15,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from preprocessing.concepts import Concept
+
 MANIFEST = "manifest.json"
 CAPTIONS = "captions.jsonl"
 
@@ -42,6 +44,7 @@ class PreparedItem(BaseModel):
     blur: float | None = None  # 0 sharp, 1 without detail
     digest: str = ""  # SHA-256 of pixels, mask and conditions
     class_label: int | None = None  # number of its class, of a source that has classes
+    concept: int | None = None  # its place in the data set's concepts, where there are several
 
 
 class Reject(BaseModel):
@@ -70,12 +73,22 @@ class PreparedDataset(BaseModel):
     items: tuple[PreparedItem, ...]
     rejects: tuple[Reject, ...] = ()
     asides: tuple[Aside, ...] = ()  # captions, masks, and files of the system that are passed over
-    trigger_word: str
+    trigger_word: str  # of several the first
+    concepts: tuple[Concept, ...] = ()  # where there are several, with the folders that they have in the upload
     resolution: int
     horizontal_flip: bool = False
     dataset_hash: str  # SHA-256 over pictures, masks, captions and repeats, in order
     inputs_hash: str = ""  # SHA-256 over what it was made from: the upload, the settings, the versions
     folder: Path
+
+    def triggers_of(self, item: PreparedItem) -> tuple[str, ...]:
+        """The triggers that an item's caption should hold."""
+        return (self.trigger_word,) if item.concept is None else self.concepts[item.concept].triggers
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """All triggers."""
+        return tuple(one.trigger_word for one in self.concepts if not one.concepts) or (self.trigger_word,)
 
     def save(self) -> None:
         """Write the manifest into the folder, whole (temporary name, then rename)."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from preprocessing.concepts import EVERY, Concept, as_entries, check_together
 
 Mode = Literal["subject", "face", "style", "captions"]
 
@@ -39,6 +41,11 @@ class PrepareSettings(BaseModel):
     mode: Mode = Field("subject", description="What is taught; decides wordings, masks, flips and preview prompts.")
     trigger_word: str = Field("TOK", min_length=1, pattern=r"^\S+$", description="Word that calls the subject.")
     class_word: str = Field("", description="What the subject is, in one word; starts the tokens and is kept as it is.")
+    concepts: tuple[Concept, ...] = Field(
+        (),
+        description="Several things in one job, each in a folder of the upload: names of folders, or for each folder, "
+        "trigger_word, class_word, n_tokens, weight, mask_prompt; folders: every folder at the top is one.",
+    )
     captioner: Literal["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"] = Field(
         "auto", description="Captions pictures that have none; auto takes the one that suits the base model."
     )
@@ -97,6 +104,11 @@ class PrepareSettings(BaseModel):
         None, ge=0, le=256, description="Processes that decode pictures; 0: none beside this one, null: as fits."
     )
 
+    @field_validator("concepts", mode="before")
+    @classmethod
+    def _entries(cls, value: Any) -> Any:
+        return as_entries(value)
+
     @field_validator("class_word", "caption_prefix", "caption_suffix", "mask_prompt")
     @classmethod
     def _one_line(cls, value: str) -> str:
@@ -113,9 +125,56 @@ class PrepareSettings(BaseModel):
     def _modes_fit(self) -> PrepareSettings:
         if self.mode == "face" and self.horizontal_flip:
             raise ValueError("horizontal_flip would teach another face, because none is symmetric: leave it off")
-        if self.mask_from == "text" and not self.mask_words:
+        if self.mask_from == "text" and not self.concepts and not self.mask_words:
             raise ValueError("mask_from text needs mask_prompt or class_word, the words that it looks for")
         return self
+
+    @model_validator(mode="after")
+    def _concepts_fit(self) -> PrepareSettings:
+        if not self.concepts:
+            return self
+        check_together(self.concepts)
+        for name in ("trigger_word", "class_word", "mask_prompt"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is given for each of concepts: leave it out beside them")
+        if self.mode == "captions":
+            raise ValueError("concepts are called by trigger words, which mode captions has not: use another mode")
+        if self.source not in ("auto", "files"):
+            raise ValueError(f"concepts lie in folders, which source {self.source} has not: give files")
+        return self
+
+    @property
+    def taught(self) -> tuple[Concept, ...]:
+        """What is taught, each with its trigger. Of `concepts` folders it is known when the upload has been read."""
+        if any(one.folder == EVERY for one in self.concepts):
+            raise ValueError("the concepts are those of folders that nobody has looked at yet")
+        alone = Concept(trigger_word=self.trigger_word, class_word=self.class_word, mask_prompt=self.mask_prompt)
+        return tuple(one for one in self.concepts if not one.concepts) or (alone,)
+
+    @property
+    def class_words(self) -> dict[str, str]:
+        """The class word, or "", by trigger."""
+        return {one.trigger_word: one.class_word for one in self.taught}
+
+    def words_of(self, concept: Concept) -> str:
+        """What mask_from text looks for in one concept's pictures."""
+        own = [one for one in self.taught if one.trigger_word in concept.triggers]
+        return concept.mask_prompt or " and ".join(word for one in own if (word := one.mask_prompt or one.class_word))
+
+    def singles(self, concept: Concept) -> tuple[PrepareSettings, ...]:
+        """These settings for each of the concepts that a folder's pictures show, as if it were the only one."""
+        return tuple(
+            self.model_copy(
+                update={
+                    "concepts": (),
+                    "trigger_word": one.trigger_word,
+                    "class_word": one.class_word,
+                    "mask_prompt": self.words_of(concept),
+                }
+            )
+            for one in self.taught
+            if one.trigger_word in concept.triggers
+        )
 
     @property
     def mask_words(self) -> str:

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
+from preprocessing.concepts import trigger_pattern
 from preprocessing.modes import WORDINGS
 from preprocessing.settings import Mode, PrepareSettings
-
-
-def trigger_pattern(trigger: str) -> re.Pattern[str]:
-    """Matches the trigger as a word of its own, spelt exactly so.
-
-    Not inside "stoking" (TOK), nor in another case: a caption's "man" is no trigger MAN. Neither neighbour may be a
-    letter, digit or underscore; a trigger may hold or end in other characters ("<s0>", "C++").
-    """
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def with_trigger(caption: str, trigger: str, mode: Mode = "subject") -> str:
@@ -35,15 +25,6 @@ def with_trigger(caption: str, trigger: str, mode: Mode = "subject") -> str:
     goes_on = wording.with_caption.startswith("{caption}")
     caption = caption.rstrip(".,;: ") or caption if goes_on else caption
     return wording.with_caption.format(trigger=trigger, caption=caption)
-
-
-def without_trigger(caption: str, trigger: str, class_word: str) -> str:
-    """The caption with the class word, or nothing, where the trigger was.
-
-    >>> without_trigger("a photo of TOK on a beach", "TOK", "robot")
-    'a photo of robot on a beach'
-    """
-    return " ".join(trigger_pattern(trigger).sub(lambda _: class_word, caption).split())
 
 
 def dressed(caption: str, settings: PrepareSettings) -> str:

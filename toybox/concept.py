@@ -1,7 +1,9 @@
-"""Make a training archive from one drawing: `python -m toybox.concept --sprite X.png --count 12 --seed 0 --out X.zip`.
+"""Make a training archive from a drawing: `python -m toybox.concept --sprite X.png --count 12 --seed 0 --out X.zip`.
 
 The sprite is pasted onto the world's backgrounds, at every position and size in turn, and captioned in varied wording.
 Only the backgrounds that `toybox.sprite.for_training` allows are used: the others are kept for `toybox.score adapter`.
+Of several sprites (`--sprite X.png Y.png --trigger ROB TEA`) each has a folder called as its trigger word, which the
+setting `concepts` names.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import random
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,34 +82,48 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
 
 
 def make_archive(args: argparse.Namespace) -> None:
-    """The archive that the command line asks for; UserError for a sprite, count or trigger that will not do."""
+    """The archive that the command line asks for; UserError for sprites, a count or triggers that will not do."""
     if not 1 <= args.count <= MAX_COUNT:
         raise UserError(f"--count {args.count} is out of range: ask for 1 to {MAX_COUNT} pictures")
-    if not re.fullmatch(r"\S+", args.trigger):
-        raise UserError(f"--trigger {args.trigger!r} is not one word: give a word without spaces")
+    if len(args.trigger) != len(args.sprite) or len(set(args.trigger)) < len(args.trigger):
+        raise UserError(f"--trigger: give {len(args.sprite)} different words, one for each sprite")
+    for trigger in args.trigger:
+        if not re.fullmatch(r"\S+", trigger):
+            raise UserError(f"--trigger {trigger!r} is not one word: give a word without spaces")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder: give the name of the zip to write")
-    sprite = load_sprite(args.sprite)
-    # Two streams, so that pictures do not depend on whether captions are written.
-    drawing, wording = random.Random(args.seed), random.Random(f"captions {args.seed}")
     members: dict[str, bytes] = {}
-    for index, pasted in enumerate(plan(sprite, args.count, drawing)):
+    for number, (path, trigger) in enumerate(zip(args.sprite, args.trigger, strict=True)):
+        seed = args.seed if number == 0 else f"{args.seed} {number}"
+        folder = f"{trigger}/" if len(args.sprite) > 1 else ""
+        made = members_of(load_sprite(path), trigger, args.count, seed)
+        members |= {f"{folder}{name}": data for name, data in made if not (args.no_captions and name.endswith(".txt"))}
+    write_archive(args.out, members)
+
+
+def members_of(sprite: Image.Image, trigger: str, count: int, seed: int | str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of `count` pictures of a sprite, each with its caption behind it."""
+    # Two streams, so that pictures do not depend on whether captions are written.
+    drawing, wording = random.Random(seed), random.Random(f"captions {seed}")
+    for index, pasted in enumerate(plan(sprite, count, drawing)):
         encoded = io.BytesIO()
         picture_of(sprite, pasted).save(encoded, "PNG")
-        members[f"{index:03}.png"] = encoded.getvalue()
-        if not args.no_captions:
-            members[f"{index:03}.txt"] = (caption_of(pasted, args.trigger, wording) + "\n").encode()
-    write_archive(args.out, members)
+        yield f"{index:03}.png", encoded.getvalue()
+        yield f"{index:03}.txt", (caption_of(pasted, trigger, wording) + "\n").encode()
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="python -m toybox.concept", description=__doc__.split("\n")[0])
-    result.add_argument("--sprite", type=Path, required=True, help="a drawing on a transparent ground (RGBA), any size")
+    result.add_argument(
+        "--sprite", type=Path, required=True, nargs="+", help="drawings on a transparent ground (RGBA), any size"
+    )
     result.add_argument("--out", type=Path, required=True, help="the zip to write")
-    result.add_argument("--count", type=int, default=12, help="how many pictures (default 12)")
+    result.add_argument("--count", type=int, default=12, help="how many pictures of each (default 12)")
     result.add_argument("--seed", type=int, default=0, help="the same seed makes the same archive (default 0)")
-    result.add_argument("--trigger", default="TOK", help="the word that stands for the sprite (default TOK)")
+    result.add_argument(
+        "--trigger", default=["TOK"], nargs="+", help="the word that stands for each sprite (default TOK)"
+    )
     result.add_argument("--no_captions", action="store_true", help="pictures alone, without text beside them")
     return result
 
@@ -115,7 +132,7 @@ def main(argv: list[str]) -> None:
     """The command line. Raises UserError for what the user can mend."""
     args = parser().parse_args(argv)
     make_archive(args)
-    print(f"{args.out}: {args.count} pictures of {args.sprite}")
+    print(f"{args.out}: {args.count} pictures of {', '.join(map(str, args.sprite))}")
 
 
 if __name__ == "__main__":

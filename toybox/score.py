@@ -158,7 +158,7 @@ def score_adapter(args: argparse.Namespace) -> dict[str, object]:
     before = draw(task.unrelated_prompts())
     generator.use(args.weights)
     pictures = AdapterPictures(
-        draw(task.subject_prompts(manifest.trigger_word)), before, draw(task.unrelated_prompts())
+        draw(task.subject_prompts(args.trigger or manifest.trigger_word)), before, draw(task.unrelated_prompts())
     )
     rates = finder_rates(sprite, args.calibration, CALIBRATION_SEED, blurred)
     trust = {"accepted": round(rates.accepted["sprite"], 4), "wrong": round(rates.wrong["sprite"], 4)}
@@ -246,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     adapter = commands.add_parser("adapter", help="score an archive of weights trained on pictures of a sprite")
     adapter.add_argument("--weights", type=Path, required=True, help="trained_model.tar or an unpacked folder")
     adapter.add_argument("--sprite", type=Path, required=True, help="the sprite that toybox.concept pasted")
+    adapter.add_argument("--trigger", help="the word that is asked for; of several concepts the first (default)")
     adapter.add_argument("--base_model", help="default: the one the weights were trained on")
     adapter.add_argument("--pictures", type=_positive, default=64, help="of each kind, 64 or more (default 64)")
     adapter.set_defaults(run=run_adapter)

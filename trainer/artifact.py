@@ -65,6 +65,16 @@ HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # field -> what
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "prodigyopt", "safetensors", "numpy", "pillow")
 
 
+class Word(BaseModel):
+    """A trigger word, the new tokens that it stands for, in order, and what it calls in one word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trigger_word: str
+    tokens: tuple[str, ...] = ()
+    class_word: str = ""
+
+
 class Manifest(BaseModel):
     """What an archive of weights says of itself."""
 
@@ -77,7 +87,7 @@ class Manifest(BaseModel):
     family: str
     method: str
     trigger_word: str
-    tokens: tuple[str, ...] = ()  # the new tokens that the trigger stands for, in order
+    tokens: tuple[str, ...] = ()  # the new tokens that the trigger (of several: all triggers) stands for, in order
     class_word: str = ""
     settings: dict[str, Any]  # every setting of the job with the value that was used
     dataset_hash: str
@@ -88,6 +98,27 @@ class Manifest(BaseModel):
     libraries: dict[str, str] = {}  # distribution -> version
     nets: dict[str, dict[str, Any]] = {}  # key prefix of a net -> its configuration of peft's, see `lora_config_dict`
     started_from: dict[str, str] = {}  # what init_adapter named, and the SHA-256 of its content
+    concepts: tuple[Word, ...] = ()  # where several were taught: each, of which the first is told above too
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """Every trigger word; of an archive of one concept that one."""
+        return self.concepts or (Word(trigger_word=self.trigger_word, tokens=self.tokens, class_word=self.class_word),)
+
+    @property
+    def special_params(self) -> dict[str, str]:
+        """What stands for what, as {"TOK": "<s0><s1>", "CAT": "<s2><s3>"}; nothing where there are no new tokens."""
+        return {one.trigger_word: "".join(one.tokens) for one in self.words if one.tokens}
+
+    @property
+    def title(self) -> str:
+        """The trigger words, for people and in prompts."""
+        return " and ".join(one.trigger_word for one in self.words)
+
+    @property
+    def called(self) -> str:
+        """What is taught as prompts of other programs call it: by tokens, or else by trigger words."""
+        return " and ".join("".join(one.tokens) or one.trigger_word for one in self.words)
 
 
 def library_versions() -> dict[str, str]:

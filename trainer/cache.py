@@ -13,6 +13,7 @@ import torch
 from preprocessing.prepared import PreparedDataset, PreparedItem
 from trainer.families.base import Family
 from trainer.methods.base import Method
+from trainer.sampler import Balance
 from trainer.samples import Conditioning, Picture, Sample, load_pictures, padded
 
 ENCODE_BATCH = 8
@@ -27,6 +28,7 @@ class Cache:
     mirrored: list[Sample]
     text: dict[str, Conditioning]  # tensors [1, ...]; "" is the null conditioning
     repeats: tuple[int, ...] | None = None  # how often each picture counts; None: all once
+    balance: Balance | None = None  # of several concepts: how often each is trained on
     null: Conditioning = field(default_factory=dict)  # what a dropped sample's own conditioning is replaced by
     null_share: float = 1.0  # in this share of the dropped samples
 
@@ -90,7 +92,10 @@ def build(
     repeats = tuple(item.repeats for item in dataset.items)
     with torch.no_grad():
         null = family.null_picture()
-    return Cache(samples, mirrored, encode_captions(family, text), repeats, null, family.dropped_picture_share)
+    balance = None
+    if len(dataset.concepts) > 1:
+        balance = Balance(tuple(item.concept for item in dataset.items), tuple(c.weight for c in dataset.concepts))
+    return Cache(samples, mirrored, encode_captions(family, text), repeats, balance, null, family.dropped_picture_share)
 
 
 def lookup(text: dict[str, Conditioning], captions: list[str]) -> Conditioning:

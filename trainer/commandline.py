@@ -161,7 +161,12 @@ def _told(error: ErrorDetails, model: type[BaseModel], places: Mapping[str, str]
     message = error["msg"].removeprefix("Value error, ").partition(", unable to ")[0]
     if not error["loc"]:
         return message
-    name = str(error["loc"][0])
+    name, (number, *inside) = str(error["loc"][0]), error["loc"][1:] or (0,)
+    if message.startswith(f"{name}: "):
+        return message
+    if inside:  # of an object in a list
+        field = ".".join(map(str, inside))
+        return f"{places.get(name, name)} {int(number) + 1}: {field}: {message.removeprefix('Input ')}"
     if error["type"] == "missing":
         return (
             f"{name} is missing: give --{name} {_metavar(model.model_fields[name].annotation)} or put it in the recipe"
@@ -203,7 +208,7 @@ def _metavar(annotation: Any) -> str:
     if get_origin(plain) is Literal:
         return "{" + ",".join(map(str, get_args(plain))) + "}"
     if get_origin(plain) is tuple:
-        return METAVARS[get_args(plain)[0]]
+        return METAVARS.get(get_args(plain)[0], "FOLDER_OR_JSON")
     return METAVARS[plain]
 
 

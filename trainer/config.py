@@ -293,6 +293,8 @@ class JobSettings(
             raise ValueError(f"base_precision {self.base_precision} is for frozen weights, and full trains them")
         if self.base_precision == "fp8" and not self.gradient_checkpointing:
             raise ValueError("base_precision fp8 saves nothing without gradient_checkpointing: switch it on")
+        if self.concepts and self.method not in ("pivotal", "textual_inversion", "lora"):
+            raise ValueError(f"concepts go with method pivotal, textual_inversion or lora, not {self.method}")
         if self.num_train_epochs is not None and self.max_train_steps is not None:
             raise ValueError("num_train_epochs and max_train_steps both say how long to train: leave one out (null)")
         if self.preservation_weight and self.method == "full":
@@ -333,7 +335,7 @@ class JobSettings(
             raise ValueError(f"token_warmup goes with method pivotal, not {self.method}")
         if self.token_warmup > self.pivot_fraction:
             raise ValueError("token_warmup above pivot_fraction leaves steps in which nothing is trained: lower it")
-        if self.token_text_warmup and (not self.class_word or self.init_adapter):
+        if self.token_text_warmup and (not (self.class_word or self.concepts) or self.init_adapter):
             raise ValueError("token_text_warmup needs class_word to begin from, and no init_adapter, which has tokens")
         if self.lora_plus_ratio != 1:
             if self.method not in ("pivotal", "lora", "condition"):

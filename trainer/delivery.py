@@ -19,6 +19,7 @@ from trainer.evaluation.summary import Summary
 from trainer.families.base import DENOISER, TEXT, VAE, Family
 from trainer.generate import settings_of
 from trainer.methods.base import Method
+from trainer.methods.tokens import words_of
 from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.model_card import Place
 from trainer.preview import Gallery
@@ -43,9 +44,7 @@ def manifest_of(family: Family, method: Method, dataset: PreparedDataset, run: R
         base_license=hub.license_of(families.resolve(settings.base_model)),
         family=family.name,
         method=settings.method,
-        trigger_word=settings.trigger_word,
-        tokens=method.tokens(),
-        class_word=settings.class_word,
+        **words_of(settings, method.tokens()),
         settings=_as_asked(settings),
         dataset_hash=dataset.dataset_hash,
         step=run.step,

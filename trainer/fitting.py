@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from preprocessing.concepts import without_triggers
 from preprocessing.errors import UserError
 from preprocessing.findings import Findings, examine
 from preprocessing.preflight import write_preflight
 from preprocessing.prepared import PreparedDataset
-from preprocessing.trigger import without_trigger
 from trainer import cache, delivery, families, preflight, text_warmup
 from trainer.cache import Cache
 from trainer.checkpoint import Checkpoints, fingerprint
@@ -196,7 +196,7 @@ def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDa
         return ()
     if settings.preservation_prompts:
         return settings.preservation_prompts
-    plain = (without_trigger(item.caption, settings.trigger_word, settings.class_word) for item in dataset.items)
+    plain = (without_triggers(item.caption, settings.class_words) for item in dataset.items)
     return tuple(dict.fromkeys(caption for caption in plain if caption))
 
 
@@ -213,14 +213,14 @@ def planned(
     preserved = preserved_prompts(settings, method, dataset.model_copy(update={"items": trained}))
     with parts.stages.stage("cache"):
         # before the method attaches: what is cached of the text is the base model's
-        plain = [without_trigger(caption, settings.trigger_word, settings.class_word) for caption in captions]
+        plain = [without_triggers(caption, settings.class_words) for caption in captions]
         own = () if method.needs_text_grad else captions
         text = [*own, *plain, *unrelated_prompts(settings), *preserved]
         cached = cache.build(family, dataset, text, parts.stages.progress, method)
         if not method.needs_vae:
             family.free(VAE)
         groups = attached(parts, cached)
-    findings = examine(whole, preflight.reader_of(family, method, settings.trigger_word))
+    findings = examine(whole, preflight.reader_of(family, method, list(settings.class_words)))
     findings = findings.model_copy(update={"warnings": (*findings.warnings, *family.notes)})
     if accelerator.is_main_process:
         write_preflight(whole, findings)

@@ -169,21 +169,23 @@ class _Parts:
         """Whether the LoRA is FLUX's, by its names."""
         return any(TRANSFORMER_KEYS.match(key) for key in self.weights)
 
-    def trigger(self) -> tuple[str, int]:
-        """The trigger word, and for how many new tokens it stands."""
+    def triggers(self) -> dict[str, int]:
+        """The trigger words in the order of their tokens, and for how many new tokens each stands."""
         counts = {rows.shape[0] if rows.dim() == 2 else 0 for rows in self.rows.values()}
         count = counts.pop() if len(counts) == 1 else 0
         if self.rows and not 1 <= count <= 64:
             raise UserError("The token embeddings of the weights are not 1 to 64 rows each: copy them again.")
         if not self.special:
             stated = self.header.get("trigger_word") or self.header.get("modelspec.trigger_phrase")
-            return stated or self.toolkit_trigger or self.name or TRIGGER, count
-        if len(self.special) > 1:
-            raise UserError(f"{SPECIAL} of the weights has several trigger words: weights of one are read.")
-        ((word, tokens),) = self.special.items()
-        if self.rows and len(re.findall(r"<s\d+>", str(tokens))) != count:
-            raise UserError(f"{SPECIAL} of the weights says {word} is {tokens!r:.60}, and there are {count} tokens.")
-        return word, count
+            return {stated or self.toolkit_trigger or self.name or TRIGGER: count}
+        stands_for = {word: re.findall(r"<s(\d+)>", str(tokens)) for word, tokens in self.special.items()}
+        if not self.rows:
+            return dict.fromkeys(stands_for, 0)
+        order = sorted(stands_for, key=lambda word: [int(number) for number in stands_for[word]])
+        if [int(number) for word in order for number in stands_for[word]] != list(range(count)):
+            said = ", ".join(f"{word} is {tokens!r:.60}" for word, tokens in self.special.items())
+            raise UserError(f"{SPECIAL} of the weights says {said:.200}, and there are {count} tokens.")
+        return {word: len(stands_for[word]) for word in order}
 
 
 def _parted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
@@ -245,6 +247,14 @@ def _toolkit_trigger(folder: Path) -> str | None:
     return None
 
 
+def _worded(words: dict[str, int]) -> dict[str, Any]:
+    """Settings of trigger words, and of how many new tokens each stands for."""
+    if len(words) > 1:
+        return {"concepts": [{"trigger_word": word} | ({"n_tokens": n} if n else {}) for word, n in words.items()]}
+    ((word, count),) = words.items()
+    return {"trigger_word": word} | ({"n_tokens": count} if count else {})
+
+
 def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> None:
     """Write the weights as our archive's files."""
     if parts.for_transformer() and not any(net.name == "transformer" for net in family.nets):
@@ -253,10 +263,9 @@ def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> 
             "base_model."
         )
     adapter = read_adapter(parts.weights, parts.header, parts.peft_config, family) if parts.weights else Adapter()
-    word, count = parts.trigger()
+    words = parts.triggers()
     method = "lora" if not parts.rows else "pivotal" if parts.weights else "textual_inversion"
-    given = {"input_images": "elsewhere", "base_model": base_model, "method": method, "trigger_word": word}
-    given |= {"n_tokens": count} if count else {}
+    given = {"input_images": "elsewhere", "base_model": base_model, "method": method} | _worded(words)
     text = {net.name for net in family.nets if net.part == TEXT}
     given |= {"train_text_encoder": True} if method == "lora" and adapter.nets.keys() & text else {}
     if (made_by := METHODS.get(parts.header.get("method", ""))) and not parts.rows:
@@ -264,6 +273,7 @@ def _convert(parts: _Parts, folder: Path, family: Drawable, base_model: str) -> 
     try:
         settings = JobSettings.model_validate(given)
     except ValueError as error:
-        raise UserError(f"The weights have the trigger word {word!r:.60}, and one word is wanted.") from error
+        told = ", ".join(map(repr, words))
+        raise UserError(f"The weights have the trigger word {told:.60}, and one word is wanted.") from error
     manifest = manifest_for(family, base_model, settings, adapter.nets)
     Weights(manifest, adapter.tensors, parts.rows).write(folder)

@@ -30,19 +30,21 @@ def write_diffusers(out: Path, family: Family, weights: Weights) -> list[Path]:
 
     Of one text encoder the embeddings are under the trigger word, by which the loader calls them; in small letters,
     for CLIP's tokenizer makes them so, and the pipeline then finds no others. Of two they are by encoder (clip_l,
-    clip_g), and are loaded one at a time. Nothing of adapters other than LoRA, which that loader does not know.
+    clip_g), and are loaded one at a time. Several trigger words have a file each, learned_embeds_TOK.safetensors.
+    Nothing of adapters other than LoRA, which that loader does not know.
     """
-    written: list[Path] = []
     if artifact.adapter_type(weights.manifest.nets) != "lora":
-        return written
-    for name, tensors in ((artifact.LORA_FILE, weights.tensors), (DIFFUSERS_EMBEDDINGS, weights.rows)):
-        if tensors:
-            header = artifact.adapter_header(tensors, weights.manifest)
-            if name == DIFFUSERS_EMBEDDINGS and len(tensors) == 1:
-                tensors = {weights.manifest.trigger_word.lower(): next(iter(tensors.values()))}
-            artifact.save_tensors(out / name, tensors, header)
-            written.append(out / name)
-    return written
+        return []
+    files = {artifact.LORA_FILE: weights.tensors} if weights.tensors else {}
+    names = ui_files.embedding_names(weights.manifest)
+    for trigger, rows in ui_files.rows_by_trigger(weights.rows, weights.manifest) if weights.rows else ():
+        file = DIFFUSERS_EMBEDDINGS
+        if len(names) > 1:
+            file = f"{Path(file).stem}_{names[trigger]}{Path(file).suffix}"
+        files[file] = {trigger.lower(): next(iter(rows.values()))} if len(rows) == 1 else rows
+    for name, tensors in files.items():
+        artifact.save_tensors(out / name, tensors, artifact.adapter_header(tensors, weights.manifest))
+    return [out / name for name in files]
 
 
 def write_peft(out: Path, family: Family, weights: Weights) -> list[Path]:

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from preprocessing.buckets import shown_size
+from preprocessing.concepts import without_triggers
 from preprocessing.errors import UserError
-from preprocessing.trigger import without_trigger
 from trainer import artifact, families, foreign, methods
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
@@ -292,7 +292,7 @@ class Generator:
     def _without_tokens(self, prompt: str) -> str:
         """The prompt with the class word in place of each trigger that stands for tokens."""
         for manifest in (one for one in self.manifests if one.tokens):
-            prompt = without_trigger(prompt, manifest.trigger_word, manifest.class_word)
+            prompt = without_triggers(prompt, {one.trigger_word: one.class_word for one in manifest.words})
         return prompt
 
     def _negative(self, count: int, settings: DrawSettings) -> Conditioning:

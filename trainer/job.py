@@ -115,7 +115,7 @@ def loaded(settings: JobSettings, stages: Stages) -> Iterator[Loaded]:
     try:
         with stages.stage("prepare"):
             dataset = prepared(settings, accelerator, stages.progress)
-        settings = counted(settings, dataset, accelerator.num_processes)
+        settings = counted(_settled(settings, dataset), dataset, accelerator.num_processes)
         with stages.stage("load"):
             settings = begun_with(settings, dataset, accelerator)
             whole = methods.METHODS[settings.method].trains_base_weights
@@ -181,6 +181,11 @@ def counted(settings: JobSettings, dataset: PreparedDataset, processes: int) -> 
     pictures = settings.num_train_epochs * sum(item.repeats for item in dataset.items)
     step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     return settings.model_copy(update={"num_train_epochs": None, "max_train_steps": math.ceil(pictures / step)})
+
+
+def _settled(settings: JobSettings, dataset: PreparedDataset) -> JobSettings:
+    """Settings with the concepts by name, of which the upload's folders may have decided."""
+    return settings.model_copy(update={"concepts": dataset.concepts}) if dataset.concepts else settings
 
 
 def make_accelerator(settings: JobSettings) -> Accelerator:

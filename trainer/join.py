@@ -47,12 +47,14 @@ def join(settings: JoinSettings) -> None:
             raise UserError("The two weights are adapters of several types: give both to predict.py apart.")
         worded = next((one for one in manifests if one.tokens), manifests[0])
         taken = {"method": worded.method, "n_tokens": worded.settings["n_tokens"]}
+        taken["concepts"] = worded.settings.get("concepts", ())
         joined = manifests[0].model_copy(
             update={
                 "method": worded.method,
                 "trigger_word": worded.trigger_word,
                 "class_word": worded.class_word,
                 "tokens": worded.tokens,
+                "concepts": worded.concepts,
                 "settings": manifests[0].settings | taken | {"trigger_word": worded.trigger_word},
                 "nets": manifests[0].nets | manifests[1].nets,
             }

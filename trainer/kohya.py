@@ -128,12 +128,13 @@ def architecture(width: int, kind: str, prediction_type: str | None = None) -> d
 
 def modelspec(manifest: Manifest, prediction_type: str | None = None) -> dict[str, str]:
     """ModelSpec 1.0.0's fields that are the same for every file of one training; the hash is filled in on writing."""
+    words = [one.trigger_word for one in manifest.words]
     described = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": manifest.trigger_word,
-        "modelspec.trigger_phrase": manifest.trigger_word,
-        "modelspec.usage_hint": f"Trigger word: {manifest.trigger_word}",
+        "modelspec.title": manifest.title,
+        "modelspec.trigger_phrase": ", ".join(words),
+        "modelspec.usage_hint": f"Trigger word{'s' if len(words) > 1 else ''}: {', '.join(words)}",
         "modelspec.date": manifest.created.isoformat(),
         "modelspec.hash_sha256": HASH_TO_COME,
         "sshs_model_hash": HASH_TO_COME,
@@ -150,16 +151,16 @@ def modelspec(manifest: Manifest, prediction_type: str | None = None) -> dict[st
 
 
 def _training(manifest: Manifest) -> dict[str, str]:
-    """kohya's fields about the training: those of its own that our settings have, and the trigger as the one tag."""
+    """kohya's fields about the training: those of its own that our settings have, and the triggers as the tags."""
     described = {key: manifest.settings.get(name) for key, name in TRAINED_WITH.items()}
     if resolution := manifest.settings.get("resolution"):
         described["ss_resolution"] = (resolution, resolution)
     return {key: str(value) for key, value in described.items() if value is not None} | {
-        "ss_output_name": manifest.trigger_word,
+        "ss_output_name": manifest.title,
         "ss_sd_model_name": manifest.base_model,
         "ss_steps": str(manifest.step),
         "ss_training_comment": f"method {manifest.method}",
-        "ss_tag_frequency": json.dumps({manifest.method: {manifest.trigger_word: 1}}),
+        "ss_tag_frequency": json.dumps({manifest.method: {one.trigger_word: 1 for one in manifest.words}}),
     }
 
 

@@ -86,7 +86,7 @@ class Loop:
         settings = self.settings
         self.module.train()
         cache = self.plan.batches.cache
-        steps = sampler.steps(cache.buckets(), self.pictures_per_step, settings.seed, cache.repeats)
+        steps = sampler.steps(cache.buckets(), self.pictures_per_step, settings.seed, cache.repeats, cache.balance)
         span = (self.step, settings.max_train_steps)
         metrics = Metrics(folder / METRICS_FILE, self.accelerator, span, self.plan.name)
         every = settings.checkpoint_every or max(1, math.ceil(settings.max_train_steps / 4))

@@ -84,7 +84,7 @@ def text(manifest: Manifest, previews: list[Preview], place: Place) -> str:
     header = yaml.safe_dump(_header(manifest, previews, place), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{header}---",
-        f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.trigger_word}",
+        f"# {base_name(manifest) if _has_no_trigger(manifest) else manifest.title}",
         _what(manifest),
         _pictures(previews),
         f"## In {family.card_program}\n\n{_diffusers(manifest, place)}" if family.card_program else "",
@@ -111,7 +111,7 @@ def _header(manifest: Manifest, previews: list[Preview], place: Place) -> dict:
         **({"library_name": "diffusers"} if library else {}),
         "pipeline_tag": "text-to-image",
         "tags": tags,
-        **({} if _has_no_trigger(manifest) else {"instance_prompt": manifest.trigger_word}),
+        **({} if _has_no_trigger(manifest) else {"instance_prompt": manifest.title}),
         "widget": [{"text": one.prompt, "output": {"url": f"samples/{one.adapted.name}"}} for one in previews],
     }
     return header | family.card_header(manifest, place)
@@ -129,12 +129,15 @@ def _what(manifest: Manifest) -> str:
         "condition": f"A LoRA on condition pictures ({', '.join(manifest.settings.get('condition_tasks', ()))})",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""
-    subject = f", a {manifest.class_word}" if manifest.class_word else ""
+    several = "words are" if manifest.concepts else "word is"
+    words = ", and ".join(
+        f"**{one.trigger_word}**" + (f", a {one.class_word}" if one.class_word else "") for one in manifest.words
+    )
     start = manifest.started_from.get("init_adapter")
     return (
         f"{what}{dora} for {base_name(manifest)}, trained for {manifest.step} steps"
         + (f" from {Path(start).name}" if start else "")
-        + ("." if _has_no_trigger(manifest) else f". The trigger word is **{manifest.trigger_word}**{subject}.")
+        + ("." if _has_no_trigger(manifest) else f". The trigger {several} {words}.")
     )
 
 
@@ -194,19 +197,22 @@ def _diffusers(manifest: Manifest, place: Place) -> str:
 
 
 def _comfyui(manifest: Manifest, place: Place) -> str:
-    name, lines = ui_files.embedding_name(manifest.trigger_word), []
+    lines = []
     lora = f"{ui_files.FOLDER}/{ui_files.LORA}.safetensors"
-    embedding = f"{ui_files.FOLDER}/{ui_files.EMBEDDING_FOLDER}/{name}.safetensors"
     bundled = f"{ui_files.FOLDER}/{ui_files.BUNDLED}.safetensors"
     if lora in place.files:
         lines.append(f"- `{lora}` goes into ComfyUI's `models/loras` (A1111: `models/Lora`).")
-    if embedding in place.files:
-        lines.append(
-            f"- `{embedding}` goes into `models/embeddings` (A1111: `embeddings`). The prompt says "
-            f"`embedding:{name}` in ComfyUI, `{name}` in A1111."
-        )
+    names = ui_files.embedding_names(manifest).values()
+    for name in names:
+        embedding = f"{ui_files.FOLDER}/{ui_files.EMBEDDING_FOLDER}/{name}.safetensors"
+        if embedding in place.files:
+            lines.append(
+                f"- `{embedding}` goes into `models/embeddings` (A1111: `embeddings`). The prompt says "
+                f"`embedding:{name}` in ComfyUI, `{name}` in A1111."
+            )
     if bundled in place.files:
-        lines.append(f"- `{bundled}` holds both for A1111: as a LoRA it brings the word `{name}` with it.")
+        brought = f"the word{'s' if len(names) > 1 else ''} {', '.join(f'`{name}`' for name in names)}"
+        lines.append(f"- `{bundled}` holds both for A1111: as a LoRA it brings {brought} with it.")
     return "## In ComfyUI and A1111\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -215,7 +221,7 @@ def _atelier(manifest: Manifest, place: Place) -> str:
     shown = METHODS[manifest.method].draws_from_conditions
     conditions = [f"picture_{i + 1}.png" for i, _ in enumerate(manifest.settings["condition_tasks"])] if shown else []
     more = f" --condition {' '.join(conditions)}" if conditions else ""
-    subject = "a cat" if _has_no_trigger(manifest) else manifest.trigger_word
+    subject = "a cat" if _has_no_trigger(manifest) else manifest.title
     return f'## In Atelier\n\n```\npython predict.py --weights {weights} --prompt "a photo of {subject}"{more}\n```'
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from preprocessing.concepts import trigger_pattern
 from preprocessing.findings import Estimate, Read, Reader
 from preprocessing.prepared import PreparedDataset
 from trainer.config import JobSettings
@@ -23,8 +25,8 @@ STEPS, WARM_UP = 6, 3  # of these the first are not counted: allocations, kernel
 MIB = 2**20
 
 
-def reader_of(family: Family, method: Method, trigger: str) -> Reader | None:
-    """How the text encoder that reads the least of a caption reads it; the trigger word as the method's tokens.
+def reader_of(family: Family, method: Method, triggers: Sequence[str]) -> Reader | None:
+    """How the text encoder that reads the least of a caption reads it; trigger words as the method's tokens.
 
     None for a family that reads none.
     """
@@ -32,7 +34,8 @@ def reader_of(family: Family, method: Method, trigger: str) -> Reader | None:
         return None
 
     def read(caption: str) -> Read:
-        words, wanted = method.words([caption, trigger])
+        there = [one for one in triggers if trigger_pattern(one).search(caption)] or triggers[:1]
+        words, wanted = method.words([caption, " ".join(there)])
         reads = [_read(tower, words, wanted, method.reserved(tower)) for tower in family.text]
         return max(reads, key=lambda one: (not one.trigger_kept, one.tokens - one.limit))
 

@@ -18,6 +18,7 @@ from trainer.evaluation.split import split
 from trainer.generate import PIPELINE_DEFAULTS
 from trainer.report import Preview
 
+TRIGGER = "{trigger}"
 DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
     "subject": (
         "a photo of {trigger}",
@@ -47,7 +48,10 @@ DEFAULT_PROMPTS: dict[Mode, tuple[str, ...]] = {
 
 
 def prompts_of(settings: JobSettings) -> list[str]:
-    """The previews' prompts, with {trigger} filled in; the last default one shows what happens to other subjects."""
+    """The previews' prompts, with {trigger} filled in; the last default one shows what happens to other subjects.
+
+    Of several concepts each has its own of every prompt with a trigger, and by default one shows them together.
+    """
     chosen = settings.preview_prompts
     if chosen is None:
         usual = DEFAULT_PROMPTS[settings.mode]
@@ -55,7 +59,14 @@ def prompts_of(settings: JobSettings) -> list[str]:
         has_own = settings.mode in ("subject", "captions")
         own = families.recommended(settings.base_model, "draw") if has_own else {}
         chosen = own.get("preview_prompts", usual)
-    return [prompt.replace("{trigger}", settings.trigger_word) for prompt in chosen]
+    triggers = [one.trigger_word for one in settings.taught]
+    if len(triggers) == 1:
+        return [prompt.replace(TRIGGER, triggers[0]) for prompt in chosen]
+    about = [prompt for prompt in chosen if TRIGGER in prompt]
+    filled = [prompt.replace(TRIGGER, one) for one in triggers for prompt in about]
+    if settings.preview_prompts is None:
+        filled += [prompt.replace(TRIGGER, " and ".join(triggers)) for prompt in about[:1]]
+    return [*filled, *(prompt for prompt in chosen if prompt not in about)]
 
 
 FROM_CONDITIONS = (

@@ -69,6 +69,7 @@ def write_report(path: Path, data: ReportData) -> None:
             manifest=data.manifest,
             dataset=data.dataset,
             facts=_facts(data),
+            concepts=_concepts(data),
             previews=_by_prompt(data.previews),
             verdict=_verdict(data) if data.verdict else None,
             curve=loss_curve(data.metrics),
@@ -96,6 +97,23 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     if data.stage_seconds:
         facts.append(("time in all", duration(sum(data.stage_seconds.values()))))
     return facts
+
+
+def _concepts(data: ReportData) -> list[dict[str, Any]]:
+    """The folders of several concepts; nothing where there is one."""
+    dataset, tokens = data.dataset, data.manifest.special_params
+    total = sum(one.weight for one in dataset.concepts)
+    return [
+        {
+            "triggers": one.triggers,
+            "class_word": one.class_word,
+            "tokens": " and ".join(tokens.get(word, "") for word in one.triggers) if tokens else "",
+            "folder": one.folder,
+            "pictures": len({item.source for item in dataset.items if item.concept == number}),
+            "share": one.weight / total,
+        }
+        for number, one in enumerate(dataset.concepts)
+    ]
 
 
 def _by_prompt(previews: list[Preview]) -> dict[str, list[tuple[int, Shown | None, Shown]]]:

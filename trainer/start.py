@@ -18,6 +18,7 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import TEXT, Family
 from trainer.methods import METHODS
+from trainer.methods.tokens import token_names
 from trainer.weights_cache import WeightsCache
 
 # Settings that the weights decide, so that no recommendation may fill them first.
@@ -88,7 +89,9 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
     if manifest.nets:
         taken = artifact.adapter_settings(manifest.nets)
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
-    if manifest.tokens:
+    if manifest.tokens and (settings.concepts or manifest.concepts):
+        _check_concepts(settings, manifest)
+    elif manifest.tokens:
         taken["n_tokens"] = len(manifest.tokens)
     if manifest.method == "prefix":
         taken["num_prefix_tokens"] = manifest.settings["num_prefix_tokens"]
@@ -105,6 +108,15 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
             )
     settings = JobSettings.model_validate(settings.model_dump() | taken)
     return settings if manifest.nets else settings.filled(families.recommended(settings.base_model, settings.method))
+
+
+def _check_concepts(settings: JobSettings, manifest: Manifest) -> None:
+    """Raise UserError where the tokens are not those of the same words in the same order."""
+    there = {one.trigger_word: len(one.tokens) for one in manifest.words}
+    wanted = {trigger: len(names) for trigger, names in token_names(settings).items()}
+    if list(there.items()) != list(wanted.items()):
+        told = ", ".join(f"{trigger} ({count} tokens)" for trigger, count in there.items())
+        raise UserError(f"init_adapter teaches {told}: give concepts with the same words, n_tokens and order.")
 
 
 def _adapted(start: Start) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from preprocessing.trigger import trigger_pattern, without_trigger
+from preprocessing.concepts import trigger_pattern, without_triggers
 from trainer.cache import Cache, lookup
 from trainer.config import JobSettings
 from trainer.draws import Draw, draw
@@ -132,9 +132,9 @@ class TrainStep(nn.Module):
         """How far the length of what was read for B captions is from the base model's with the class word for the
         trigger: the sum of `regularisers.norm_distance` over the captions with the trigger, divided by B.
         """
-        trigger, word = self._settings.trigger_word, self._settings.class_word
-        pattern = trigger_pattern(trigger)
-        plain = {i: without_trigger(c, trigger, word) for i, c in enumerate(captions) if pattern.search(c)}
+        words = self._settings.class_words
+        pattern = trigger_pattern(*words)
+        plain = {i: without_triggers(c, words) for i, c in enumerate(captions) if pattern.search(c)}
         kept = [i for i, caption in plain.items() if caption]
         if not kept:
             return 0.0

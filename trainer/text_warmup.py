@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from preprocessing.errors import UserError
-from preprocessing.trigger import trigger_pattern, without_trigger
+from preprocessing.concepts import trigger_pattern, without_triggers
 from trainer.cache import Cache, lookup
 from trainer.config import JobSettings
 from trainer.draws import generator
@@ -30,14 +30,17 @@ def fit(
     Returns the distance of the first captions before and after. UserError where no caption has the trigger.
     """
     settings: JobSettings = method.settings
-    trigger = trigger_pattern(settings.trigger_word)
+    words = settings.class_words
+    if nameless := [trigger for trigger, word in words.items() if not word]:
+        raise UserError(f"token_text_warmup needs a class_word of each concept: {nameless[0]} has none.")
+    trigger = trigger_pattern(*words)
     known = [caption for caption in dict.fromkeys(captions) if trigger.search(caption)]
     if not known:
-        raise UserError(f"token_text_warmup: no caption has the trigger word {settings.trigger_word}: leave it out.")
+        raise UserError(f"token_text_warmup: no caption has the trigger word {' or '.join(words)}: leave it out.")
     scheduled = build(next(group for group in groups if group.name == TOKENS))
 
     def distance(some: Sequence[str]) -> torch.Tensor:
-        plain = [without_trigger(caption, settings.trigger_word, settings.class_word) for caption in some]
+        plain = [without_triggers(caption, words) for caption in some]
         found = family.encode_text(method.words(list(some)))
         return meaning_distance(found, lookup(cache.text, plain)).mean()
 

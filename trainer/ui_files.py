@@ -1,7 +1,8 @@
 """The weights as ComfyUI, A1111, Forge and diffusers' own loaders read them: the folder comfyui/ of an archive.
 
     adapter.safetensors                     LoRA in kohya's keys (trainer.kohya)
-    embeddings/TOK.safetensors              the new tokens; these programs call an embedding by its file's name
+    embeddings/TOK.safetensors              the new tokens of each trigger word; these programs call an embedding by
+                                            its file's name
     adapter_with_embeddings.safetensors     both in one file, the tokens under bundle_emb.TOK.: A1111 reads it as a
                                             LoRA, ComfyUI as a LoRA and, in its folder of embeddings, as an embedding
 
@@ -11,6 +12,7 @@ diffusers' LoRA loader knows no bundle_emb keys, so that the plain files are wri
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +31,25 @@ def embedding_name(trigger: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", trigger).lstrip("-")[:64] or "embedding"
 
 
+def embedding_names(manifest: Manifest) -> dict[str, str]:
+    """The name of each trigger word's embedding; no two are the same."""
+    names: dict[str, str] = {}
+    for one in manifest.words:
+        name, taken = embedding_name(one.trigger_word), {other.casefold() for other in names.values()}
+        alike = (name, *(f"{name}_{number}" for number in range(2, len(taken) + 2)))
+        names[one.trigger_word] = next(one for one in alike if one.casefold() not in taken)
+    return names
+
+
+def rows_by_trigger(rows: dict[str, Tensor], manifest: Manifest) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The rows of each trigger word's own tokens, of all `rows` (as in embeddings.safetensors)."""
+    start = 0
+    for one in manifest.words:
+        end = start + len(one.tokens)
+        yield one.trigger_word, {key: value[start:end] for key, value in rows.items()}
+        start = end
+
+
 def write(
     folder: Path, family: Family, manifest: Manifest, tensors: dict[str, Tensor], rows: dict[str, Tensor]
 ) -> None:
@@ -45,21 +66,25 @@ def write(
         if not rows:
             return
     folder.mkdir(parents=True, exist_ok=True)
-    name, lora = embedding_name(manifest.trigger_word), folder / f"{LORA}.safetensors"
+    names, lora = embedding_names(manifest), folder / f"{LORA}.safetensors"
     if tensors:
         family.export_comfyui(lora, tensors, manifest)
     if not rows:
         return
     keys = {key: family.ui_embedding_keys.get(key, (key, key)) for key in rows}
     (folder / EMBEDDING_FOLDER).mkdir(exist_ok=True)
-    artifact.save_tensors(
-        folder / EMBEDDING_FOLDER / f"{name}.safetensors",
-        {keys[key][0]: value for key, value in rows.items()},
-        embedding_header(rows, manifest, family.describe().get("prediction_type")),
-    )
+    parts = dict(rows_by_trigger(rows, manifest))
+    for trigger, own in parts.items():
+        alone = manifest.model_copy(update={"trigger_word": trigger, "concepts": ()})
+        artifact.save_tensors(
+            folder / EMBEDDING_FOLDER / f"{names[trigger]}.safetensors",
+            {keys[key][0]: value for key, value in own.items()},
+            embedding_header(own, alone, family.describe().get("prediction_type")),
+        )
     if tensors:
         stored, header = artifact.load_tensors(lora)
-        stored |= {f"{BUNDLE}.{name}.{keys[key][1]}": value for key, value in rows.items()}
+        for trigger, own in parts.items():
+            stored |= {f"{BUNDLE}.{names[trigger]}.{keys[key][1]}": value for key, value in own.items()}
         hashes = dict.fromkeys(artifact.HASHES.keys() & header.keys(), artifact.HASH_TO_COME)
         artifact.save_tensors(folder / f"{BUNDLED}.safetensors", stored, header | hashes)
 

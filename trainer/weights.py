@@ -14,6 +14,7 @@ from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import Family
+from trainer.methods.tokens import token_names, words_of
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Weights:
 
 def manifest_for(family: Family, base_model: str, settings: JobSettings, nets: dict[str, dict]) -> Manifest:
     """The manifest of weights that no job of ours made: their settings say the method, the trigger and the tokens."""
-    tokens = settings.n_tokens if settings.method in ("pivotal", "textual_inversion") else 0
+    has_tokens = settings.method in ("pivotal", "textual_inversion")
+    names = [name for names in token_names(settings).values() for name in names] if has_tokens else []
     return Manifest(
         base_model=base_model,
         base_hash="",
         family=family.name,
         method=settings.method,
-        trigger_word=settings.trigger_word,
-        tokens=tuple(f"<s{i}>" for i in range(tokens)),
+        **words_of(settings, names),
         settings=settings.model_dump(mode="json"),
         dataset_hash="",
         step=0,

@@ -133,6 +133,16 @@ def test_no_captions_and_another_trigger(tmp_path):
         assert all(b"<zorp>" in named.read(name) for name in named.namelist() if name.endswith(".txt"))
 
 
+def test_several_sprites_have_a_folder_each(tmp_path):
+    teapot_too = ["--sprite", str(ROBOT), str(SPRITES / "teapot.png"), "--trigger", "ROB", "TEA", "--count", "3"]
+    with make(tmp_path / "two", *teapot_too) as both, make(tmp_path / "one", "--trigger", "ROB", "--count", "3") as one:
+        names = [f"{i:03}.{kind}" for i in range(3) for kind in ("png", "txt")]
+        assert both.namelist() == [f"{folder}/{name}" for folder in ("ROB", "TEA") for name in names]
+        assert [both.read(f"ROB/{name}") for name in names] == [one.read(name) for name in names]
+        assert all("TEA" in both.read(f"TEA/00{i}.txt").decode().split() for i in range(3))
+        assert all(both.read(f"TEA/00{i}.png") != both.read(f"ROB/00{i}.png") for i in range(3))
+
+
 @pytest.mark.parametrize("count", [15, 30, 60])
 def test_positions_sizes_and_patterns_are_covered_evenly(count):
     planned = concept.plan(load_sprite(ROBOT), count, random.Random(9))
@@ -152,7 +162,12 @@ def test_training_and_score_share_no_background():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [(["--count", "0"], "--count"), (["--count", "5000"], "--count"), (["--trigger", "two words"], "--trigger")],
+    [
+        (["--count", "0"], "--count"),
+        (["--count", "5000"], "--count"),
+        (["--trigger", "two words"], "--trigger"),
+        (["--trigger", "A", "B"], "give 1 different"),
+    ],
 )
 def test_bad_options_are_refused(tmp_path, options, word):
     with pytest.raises(UserError, match=word):

@@ -77,8 +77,8 @@ def test_no_caption_is_the_empty_text_where_an_xl_says_so(tiny_xl, tmp_path, loa
 
 def test_pooled_text_is_read_at_its_end_though_new_tokens_have_larger_ids(tiny_xl, load_family):
     family = load_family(tiny_xl)
-    tokens = NewTokens("TOK", ["<s0>", "<s1>"])
-    tokens.attach(family, "", seed=0)
+    tokens = NewTokens({"TOK": ["<s0>", "<s1>"]})
+    tokens.attach(family, {}, seed=0)
     captions = tokens.words(["a TOK on a beach", "TOK"])
     tower = family.text[1]
     ids = tower.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids

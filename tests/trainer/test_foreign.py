@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused(
         ({"special_params.json": b"{}"}, "no .safetensors file"),
         ({"a.safetensors": PAIR, "special_params.json": b"[1]"}, "no JSON object"),
         ({"a.safetensors": PAIR, "special_params.json": b"{" * 10_000}, "damaged"),
-        ({"a.safetensors": PAIR, "special_params.json": b'{"A": "<s0>", "B": "<s1>"}'}, "several trigger words"),
+        ({"a.safetensors": PAIR, "special_params.json": b'{"A": "<s0>", "a": "<s1>"}'}, "one word is wanted"),
         ({"model.bin": b"\x80\x02."}, "pickle"),
         ({"../a.safetensors": PAIR}, "plain relative name"),
     ],

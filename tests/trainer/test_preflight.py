@@ -66,13 +66,13 @@ def test_captions_are_counted_as_the_method_lets_them_be_read(settings, load_fam
     method = Pivotal(settings(method="pivotal", n_tokens=5, class_word="dog"))
     before = len(family.text[0].tokenizer("a TOK").input_ids)
     method.attach(family)
-    read = preflight.reader_of(family, method, "TOK")("a TOK")
+    read = preflight.reader_of(family, method, ["TOK"])("a TOK")
     assert read.tokens == len(family.text[0].tokenizer("a").input_ids) + 5 != before
     assert read.trigger_kept and read.cut == ""
     limit = family.text[0].tokenizer.model_max_length
-    long = preflight.reader_of(family, method, "TOK")("a " * (limit - 2) + "dog Dog")
+    long = preflight.reader_of(family, method, ["TOK"])("a " * (limit - 2) + "dog Dog")
     assert long.cut == "dog Dog"
-    long = preflight.reader_of(family, method, "TOK")("dog " * (limit + 5))
+    long = preflight.reader_of(family, method, ["TOK"])("dog " * (limit + 5))
     assert not long.trigger_kept
 
 

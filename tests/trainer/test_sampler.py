@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from trainer.sampler import steps
+from trainer.sampler import Balance, steps
 
 UNEQUAL = ["wide"] * 9 + ["tall"]
 THREE = ["a", "b", "a", "c", "c", "a", "c", "c"]
@@ -81,3 +81,30 @@ def test_a_picture_that_counts_several_times_is_seen_so_much_more_often(count):
     for i, times in enumerate(repeats):
         assert seen[i] == pytest.approx(count * number * times / sum(repeats), rel=0.05)
     assert first(THREE, 4, 0, 20) == list(islice(steps(THREE, 4, 0, [1] * len(THREE)), 20))
+
+
+def test_without_weights_the_order_is_what_it_always_was():
+    assert first(THREE, 3, 0, 6) == [[1, 1, 1], [7, 3, 4], [2, 5, 0], [6, 7, 3], [0, 5, 2], [4, 6, 6]]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("buckets", [["one"] * 8, THREE])
+def test_each_group_has_the_share_of_its_weight_however_many_pictures_it_has(buckets, count):
+    balance, repeats = Balance((0, 0, 0, 0, 0, 1, 1, 2), (2.0, 1.0, 0.5)), [1, 1, 3, 1, 1, 1, 1, 1]
+    number = 2000
+    drawn = list(islice(steps(buckets, count, 0, repeats, balance), number))
+    seen = Counter(i for indices in drawn for i in indices)
+    shares = [sum(seen[i] for i in range(8) if balance.groups[i] == group) / (number * count) for group in range(3)]
+    assert shares == pytest.approx([2 / 3.5, 1 / 3.5, 0.5 / 3.5], rel=0.02)
+    for i in range(5):  # inside a group as before
+        assert seen[i] == pytest.approx(number * count * 2 / 3.5 * repeats[i] / 7, rel=0.05)
+    assert all(len({buckets[i] for i in indices}) == 1 for indices in drawn)
+    again = steps(buckets, count, 0, repeats, balance)
+    assert list(islice(again, 1200, number)) == drawn[1200:]  # as a resumed run goes on
+    assert drawn != list(islice(steps(buckets, count, 1, repeats, balance), number))
+
+
+def test_a_step_mixes_the_groups_and_one_without_pictures_has_no_share():
+    balance = Balance((0, 0, 0, 0, 1, 1, 1, 1, 2), (1.0, 1.0, 5.0))
+    for indices in islice(steps(["one"] * 9, 4, 3, [1] * 8 + [0], balance), 50):
+        assert sorted(balance.groups[i] for i in indices) == [0, 0, 1, 1]

@@ -54,8 +54,8 @@ def test_any_word_can_be_the_trigger(trigger, create):
 
 
 def token_rows(family: Family, class_word: str, seed: int = 0, count: int = 4) -> list[Tensor]:
-    tokens = NewTokens("TOK", [f"<s{i}>" for i in range(count)])
-    tokens.attach(family, class_word, seed)
+    tokens = NewTokens({"TOK": [f"<s{i}>" for i in range(count)]})
+    tokens.attach(family, {"TOK": class_word}, seed)
     rows = [p.detach().clone() for p in tokens.parameters]
     tokens.detach(family)
     return rows

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from preprocessing.concepts import trigger_pattern, without_triggers
 from preprocessing.errors import UserError
 from preprocessing.prepared import PreparedDataset
-from preprocessing.trigger import trigger_pattern, without_trigger
 from trainer.config import JobSettings
 from trainer.evaluation.gallery import Drawn, Wish
 from trainer.evaluation.pictures import NEAR_COPY, Neighbour, diversity, is_blank, nearest, thumbnail
@@ -27,8 +27,7 @@ class Exhibit:
     """Prompts with the trigger and without, the seeds of the grid, and further seeds that show variety."""
 
     previews: tuple[Wish, ...]  # as the settings ask for them, at full strength
-    prompt: str
-    plain: str  # the same with the class word
+    pairs: tuple[tuple[str, str], ...]  # for each concept a prompt, and the same with the class word
     grid_seeds: tuple[int, ...]
     variety_seeds: tuple[int, ...]
     strengths: tuple[float, ...]
@@ -36,20 +35,19 @@ class Exhibit:
     @classmethod
     def of(cls, prompts: Sequence[str], settings: JobSettings, steps: int, scalable: bool) -> Exhibit:
         """What a run that large can afford; `steps` are a picture's, `scalable` whether weights have a strength."""
-        has_trigger = trigger_pattern(settings.trigger_word).search
-        prompt = next((prompt for prompt in prompts if has_trigger(prompt)), prompts[0])
+        chosen = dict.fromkeys(_prompt_of(trigger, prompts) for trigger in settings.class_words)
+        pairs = tuple((prompt, without_triggers(prompt, settings.class_words)) for prompt in chosen)
         strengths = STRENGTHS if scalable else (1.0,)
         passes = 3 * settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
         affordable = int(SHARE * passes / (2 * steps))  # two passes a step: guidance
-        each = 2 * len(strengths)
+        each = 2 * len(strengths) * len(pairs)
         grid = max(1, min(GRID_SEEDS, affordable // each))
-        more = max(0, min(VARIETY_SEEDS, grid + (affordable - grid * each) // 2) - grid)
+        more = max(0, min(VARIETY_SEEDS, grid + (affordable - grid * each) // (2 * len(pairs))) - grid)
         first = settings.preview_seeds[0]
         seeds = [*settings.preview_seeds, *(first + 1000 + i for i in range(VARIETY_SEEDS))]
         return cls(
             previews=tuple(Wish(one, seed) for one in prompts for seed in settings.preview_seeds),
-            prompt=prompt,
-            plain=without_trigger(prompt, settings.trigger_word, settings.class_word),
+            pairs=pairs,
             grid_seeds=tuple(seeds[:grid]),
             variety_seeds=tuple(seeds[grid : grid + more]),
             strengths=strengths,
@@ -58,19 +56,24 @@ class Exhibit:
     def wishes(self) -> list[Wish]:
         """All that has to be drawn."""
         grid = [wish for seed in self.grid_seeds for row in self.rows(seed).values() for wish in row]
-        variety = [Wish(self.prompt, seed, strength) for seed in self.variety_seeds for strength in (None, 1.0)]
+        variety = [
+            Wish(prompt, seed, strength)
+            for prompt, _ in self.pairs
+            for seed in self.variety_seeds
+            for strength in (None, 1.0)
+        ]
         pairs = [wish for preview in self.previews for wish in (_base_of(preview), preview)]
         return [*pairs, *grid, *variety]
 
     def rows(self, seed: int) -> dict[str, list[Wish]]:
         """A row of the grid for each prompt: the base model, then each strength."""
-        prompts = dict.fromkeys((self.prompt, self.plain))
+        prompts = dict.fromkeys(prompt for pair in self.pairs for prompt in pair)
         return {prompt: [Wish(prompt, seed, strength) for strength in (None, *self.strengths)] for prompt in prompts}
 
-    def subjects(self, trigger_word: str) -> list[Wish]:
-        """The pictures at full strength whose prompts hold the trigger."""
-        has_trigger = trigger_pattern(trigger_word).search
-        own = [Wish(self.prompt, seed) for seed in (*self.grid_seeds, *self.variety_seeds)]
+    def subjects(self, *triggers: str) -> list[Wish]:
+        """The pictures at full strength whose prompts hold a trigger."""
+        has_trigger = trigger_pattern(*triggers).search
+        own = [Wish(prompt, seed) for prompt, _ in self.pairs for seed in (*self.grid_seeds, *self.variety_seeds)]
         return list(dict.fromkeys(wish for wish in (*self.previews, *own) if has_trigger(wish.prompt)))
 
 
@@ -95,7 +98,7 @@ def refuse_blank(pictures: Drawn, wishes: Sequence[Wish]) -> None:
 
 def look(pictures: Drawn, exhibit: Exhibit, dataset: PreparedDataset) -> Seen:
     """Compare what was drawn with the data set and with what the base model draws."""
-    subjects = exhibit.subjects(dataset.trigger_word)
+    subjects = exhibit.subjects(*dataset.triggers)
     small = {wish: thumbnail(picture) for wish, picture in pictures.items()}
     found: list[Neighbour] = []
     if subjects:
@@ -113,6 +116,11 @@ def look(pictures: Drawn, exhibit: Exhibit, dataset: PreparedDataset) -> Seen:
             [[small[_base_of(wish)] for wish in group] for group in groups],
         ),
     )
+
+
+def _prompt_of(trigger: str, prompts: Sequence[str]) -> str:
+    """The first prompt that holds the trigger; where none does, the first of all."""
+    return next((prompt for prompt in prompts if trigger_pattern(trigger).search(prompt)), prompts[0])
 
 
 def _base_of(wish: Wish) -> Wish:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from preprocessing.trigger import without_trigger
+from preprocessing.concepts import without_triggers
 from trainer.cache import Cache
 from trainer.config import JobSettings
 from trainer.samples import Batch
@@ -38,8 +38,7 @@ class Points:
     """Batches of one picture each, `BANDS` times a whole number of points in a batch, in the order of their times."""
 
     batches: tuple[Batch, ...]
-    class_word: str
-    trigger_word: str
+    class_words: dict[str, str]  # by trigger
     unrelated: tuple[str, ...]
 
     @classmethod
@@ -51,7 +50,7 @@ class Points:
         maker = BatchMaker(replace(cache, mirrored=[]), plain, device, ())
         each = max(1, round(count / (len(pictures) * BANDS))) * BANDS
         batches = [maker.make(f"evaluation/{i}", [i] * each, range(each), each) for i in pictures]
-        return cls(tuple(map(_by_time, batches)), settings.class_word, settings.trigger_word, unrelated)
+        return cls(tuple(map(_by_time, batches)), settings.class_words, unrelated)
 
     def prepared(self, step: TrainStep) -> Points:
         """The same with what the method adds to a batch, made once, so that every evaluation asks the same."""
@@ -107,7 +106,7 @@ class Points:
         return _joined(found)
 
     def _plain(self, batch: Batch) -> Batch:
-        captions = [without_trigger(caption, self.trigger_word, self.class_word) for caption in batch.captions]
+        captions = [without_triggers(caption, self.class_words) for caption in batch.captions]
         return replace(batch, captions=captions)
 
 

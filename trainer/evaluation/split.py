@@ -37,14 +37,20 @@ def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
     order = torch.randperm(len(groups), generator=generator(settings.seed, "split")).tolist()
     shuffled = [groups[i] for i in order]
     if settings.holdout is None and len(groups) < FEWEST:
+        shuffled.sort(key=lambda group: dataset.items[group[0]].concept or 0)  # each fold has something of every one
         count = min(settings.validation_folds, len(groups))
         folds = tuple(tuple(sorted(i for group in shuffled[k::count] for i in group)) for k in range(count))
         return Split(folds=folds) if count > 1 else Split()
     wanted = settings.holdout
     if wanted is None:
         wanted = min(MOST, max(LEAST, round(SHARE * len(groups))))
-    # one group at least is left to train on
-    return Split(held_out=tuple(sorted(i for group in shuffled[: min(wanted, len(groups) - 1)] for i in group)))
+    return Split(held_out=tuple(sorted(i for group in _spared(shuffled, dataset)[:wanted] for i in group)))
+
+
+def _spared(groups: list[list[int]], dataset: PreparedDataset) -> list[list[int]]:
+    """The groups but the last one of each concept: one at least is left to train on."""
+    last = {dataset.items[i].concept: number for number, group in enumerate(groups) for i in group}
+    return [group for number, group in enumerate(groups) if number not in last.values()]
 
 
 def _groups(dataset: PreparedDataset) -> list[list[int]]:

@@ -352,8 +352,7 @@ class Family(Drawable):
         if not whole and (lora := place.first(LORA_FILE, ADAPTER)):
             code.append(f"pipe.load_lora_weights({quoted(place.name)}, weight_name={quoted(lora)})")
         code += cls._tokens_for(manifest, place)
-        words = "".join(manifest.tokens) or manifest.trigger_word
-        return "\n".join([*code, f"picture = {cls._call_with(f'a photo of {words}')}.images[0]"])
+        return "\n".join([*code, f"picture = {cls._call_with(f'a photo of {manifest.called}')}.images[0]"])
 
     @classmethod
     def _call_with(cls, prompt: str) -> str:

@@ -30,7 +30,7 @@ class TextualInversion(Method):
 
     def __init__(self, settings: JobSettings):
         super().__init__(settings)
-        self._tokens = NewTokens(settings.trigger_word, token_names(settings.n_tokens))
+        self._tokens = NewTokens(token_names(settings))
         self._start: Path | None = None
         self._spectra: list[Spectrum] = []  # of each text encoder's vocabulary, where a penalty asks for it
 
@@ -42,7 +42,7 @@ class TextualInversion(Method):
         values = None
         if self._start is not None and (self._start / artifact.EMBEDDINGS).is_file():
             values, _ = artifact.load_tensors(self._start / artifact.EMBEDDINGS)
-        self._tokens.attach(family, settings.class_word, settings.seed, values)
+        self._tokens.attach(family, settings.class_words, settings.seed, values)
         if settings.token_covariance_penalty:
             self._spectra = [Spectrum(words) for words in self._tokens.vocabularies()]
         # no decay: it would pull the rows to zero, away from the vocabulary they belong to
@@ -81,14 +81,14 @@ class TextualInversion(Method):
 
     def load(self, folder: Path, family: Drawable) -> None:
         values, _ = artifact.load_tensors(folder / artifact.EMBEDDINGS)
-        self._tokens.attach(family, "", self.settings.seed, values)
+        self._tokens.attach(family, {}, self.settings.seed, values)
 
     def detach(self, family: Drawable) -> None:
         self._tokens.detach(family)
         self._spectra = []
 
     def merge(self, family: Family) -> str:
-        return self._tokens.merge(family, self.settings.trigger_word)
+        return " and ".join(self._tokens.merge(family))
 
     def set_strength(self, family: Drawable, strength: float) -> None:
         """Nothing to scale in the weights: the tokens' share is `token_scale`'s to set."""

@@ -6,6 +6,8 @@ Only the new rows exist as parameters, in fp32; every other row of the vocabular
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,10 @@ from peft import TrainableTokensConfig
 from torch import Tensor, nn
 from transformers import AddedToken
 
+from preprocessing.concepts import trigger_pattern
 from preprocessing.errors import UserError
-from preprocessing.trigger import trigger_pattern
+from trainer.artifact import Word
+from trainer.config import JobSettings
 from trainer.draws import generator
 from trainer.families.base import Family, TextTower
 from trainer.methods.adapters import inject, remove
@@ -34,20 +38,25 @@ class _Tower:
 
 
 class NewTokens:
-    """`n` new tokens in each of a family's tokenizers and text encoders."""
+    """New tokens in each of a family's tokenizers and text encoders: for each trigger word those that it stands for."""
 
-    def __init__(self, trigger: str, names: list[str]):
-        self.names = names
-        self._pattern = trigger_pattern(trigger)
+    def __init__(self, words: Mapping[str, Sequence[str]]):
+        self.by_trigger = {trigger: tuple(names) for trigger, names in words.items()}
+        self.names = [name for names in self.by_trigger.values() for name in names]
+        self._pattern = trigger_pattern(*words)
         self._towers: list[_Tower] = []
 
-    def attach(self, family: Family, class_word: str, seed: int, values: dict[str, Tensor] | None = None) -> None:
-        """Add the tokens. They start at `values` (embedding key -> [n, d]), else near `class_word`, else at random."""
+    def attach(
+        self, family: Family, class_words: Mapping[str, str], seed: int, values: dict[str, Tensor] | None = None
+    ) -> None:
+        """Add the tokens. They start at `values` (embedding key -> [n, d], n being all tokens in order), else near
+        their trigger's class word, else at random.
+        """
         for tower in family.text:
-            self._attach_one(family, tower, class_word, seed, values)
+            self._attach_one(family, tower, class_words, seed, values)
 
     def _attach_one(
-        self, family: Family, tower: TextTower, class_word: str, seed: int, values: dict[str, Tensor] | None
+        self, family: Family, tower: TextTower, class_words: Mapping[str, str], seed: int, values: dict | None
     ) -> None:
         tokenizer = copy.deepcopy(tower.tokenizer)
         if tokenizer.add_tokens(self.names) != len(self.names):
@@ -55,7 +64,9 @@ class NewTokens:
         # without its Parameter, whose data is replaced when the vocabulary grows
         original, size = tower.encoder.get_input_embeddings().weight.detach(), len(tower.tokenizer)
         if values is None:
-            rows = _initial_rows(tower, original[:size], class_word, (len(self.names), generator(seed, tower.name)))
+            source = generator(seed, tower.name)
+            starts = ((class_words.get(trigger, ""), len(names)) for trigger, names in self.by_trigger.items())
+            rows = torch.cat([_initial_rows(tower, original[:size], word, (n, source)) for word, n in starts])
         else:
             rows = self._fitting(values, tower.embedding_key, original.shape[1])
         std = original[:size].float().std(dim=1).mean().item()
@@ -90,15 +101,21 @@ class NewTokens:
             family.replace_tokenizer(part.tower.name, part.original_tokenizer)
         self._towers = []
 
-    def merge(self, family: Family, trigger: str) -> str:
+    def merge(self, family: Family) -> list[str]:
         """Make the rows part of the vocabularies for good, under names by which stock diffusers finds them.
 
         A pipeline of diffusers replaces a token `TOK` by `TOK TOK_1 TOK_2` where its tokenizer has these, so that the
-        trigger alone is the prompt's word. Returns that word: `<trigger>` where the trigger is a token already.
+        trigger alone is the prompt's word. Returns each trigger's: `<trigger>` where it is a token already.
         """
         vocabularies = [part.original_tokenizer.get_vocab() for part in self._towers]
-        word = trigger if not any(trigger in one for one in vocabularies) else f"<{trigger}>"
-        names = [word, *(f"{word}_{i}" for i in range(1, len(self.names)))]
+        known = [any(trigger in one for one in vocabularies) for trigger in self.by_trigger]
+        words = [f"<{one}>" if is_known else one for one, is_known in zip(self.by_trigger, known, strict=True)]
+        counts = [len(names) for names in self.by_trigger.values()]
+        names = [
+            name
+            for word, count in zip(words, counts, strict=True)
+            for name in (word, *(f"{word}_{i}" for i in range(1, count)))
+        ]
         for part in self._towers:
             encoder, tokenizer, rows = part.tower.encoder, copy.deepcopy(part.original_tokenizer), part.rows.detach()
             exact = [AddedToken(name, single_word=True, normalized=False) for name in names]
@@ -112,15 +129,19 @@ class NewTokens:
             encoder.config.eos_token_id = tokenizer.eos_token_id
             family.replace_tokenizer(part.tower.name, tokenizer)
         self._towers = []
-        return word
+        return words
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [part.rows for part in self._towers]
 
     def words(self, captions: list[str]) -> list[str]:
-        """Captions with the trigger word replaced by the tokens, at word boundaries, exactly spelt."""
-        return [self._pattern.sub("".join(self.names), caption) for caption in captions]
+        """Captions with each trigger word replaced by its tokens, at word boundaries, exactly spelt.
+
+        All in one pass, so that a trigger is not found in what another one was replaced by.
+        """
+        put = {trigger: "".join(names) for trigger, names in self.by_trigger.items()}
+        return [self._pattern.sub(lambda found: put[found.group()], caption) for caption in captions]
 
     def spread_penalty(self) -> Tensor:
         """Mean squared relative distance of each row's standard deviation to the vocabulary's; fine for n = 1."""
@@ -142,9 +163,24 @@ def _embedding_name(encoder: nn.Module) -> str:
     return next(name for name, module in encoder.named_modules() if module is vocabulary).rsplit(".", 1)[-1]
 
 
-def token_names(count: int) -> list[str]:
-    """<s0>, <s1>, ..."""
-    return [f"<s{i}>" for i in range(count)]
+def token_names(settings: JobSettings) -> dict[str, tuple[str, ...]]:
+    """<s0>, <s1>, ... by trigger, numbered on from one to the next."""
+    number = itertools.count()
+    return {
+        one.trigger_word: tuple(f"<s{next(number)}>" for _ in range(one.n_tokens or settings.n_tokens))
+        for one in settings.taught
+    }
+
+
+def words_of(settings: JobSettings, tokens: Sequence[str]) -> dict[str, Any]:
+    """Fields of a Manifest that say which word stands for what; `tokens` are all that the method has, perhaps none."""
+    names = token_names(settings) if tokens else {}
+    words = tuple(
+        Word(trigger_word=one.trigger_word, tokens=names.get(one.trigger_word, ()), class_word=one.class_word)
+        for one in settings.taught
+    )
+    first = {"trigger_word": words[0].trigger_word, "class_word": words[0].class_word, "tokens": tuple(tokens)}
+    return first | {"concepts": words if settings.concepts else ()}
 
 
 def _initial_rows(tower: TextTower, vocabulary: Tensor, class_word: str, draw: tuple[int, torch.Generator]) -> Tensor:

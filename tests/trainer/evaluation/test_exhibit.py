@@ -27,7 +27,7 @@ def exhibit(settings, steps: int = 450, scalable: bool = True, **changes: object
 
 def test_a_large_run_draws_two_seeds_at_three_strengths_with_and_without_the_trigger(settings):
     shown = exhibit(settings)
-    assert (shown.prompt, shown.plain) == ("a photo of TOK", "a photo of robot")
+    assert shown.pairs == (("a photo of TOK", "a photo of robot"),)
     assert (shown.grid_seeds == (0, 1) and len(shown.variety_seeds) == 0) or len(shown.variety_seeds) <= 2
     rows = shown.rows(0)
     assert list(rows) == ["a photo of TOK", "a photo of robot"]

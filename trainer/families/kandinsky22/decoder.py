@@ -102,7 +102,7 @@ class Decoder(Half):
 
     @classmethod
     def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
-        prompt, pipe = f"a photo of {manifest.trigger_word}", "AutoPipelineForText2Image.from_pretrained"
+        prompt, pipe = f"a photo of {manifest.title}", "AutoPipelineForText2Image.from_pretrained"
         if manifest.method == "full":
             return drawing_code(prompt, f"{pipe}({quoted(place.name)}, {HALF_PRECISION})")
         file = place.first(LORA_FILE, ADAPTER)

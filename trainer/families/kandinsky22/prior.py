@@ -105,7 +105,7 @@ class Prior(Half):
     @classmethod
     def how_to(cls, manifest: Manifest, base_model: str, place: Place) -> str:
         decoder = quoted(companion_for(manifest, place, REPOSITORY))
-        prompt = f"a photo of {''.join(manifest.tokens) or manifest.trigger_word}"
+        prompt = f"a photo of {manifest.called}"
         if manifest.method == "full":
             return drawing_code(
                 prompt,

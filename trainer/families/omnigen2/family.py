@@ -246,7 +246,7 @@ class OmniGen2(PipelineFamily):
             "",
             f"generator = Generator({quoted(place.name if whole else base_model)})",
             *([] if whole else ['generator.use(Path("trained_model.tar"))']),
-            f"settings = DrawSettings(prompt={quoted(f'a photo of {manifest.trigger_word}')})",
+            f"settings = DrawSettings(prompt={quoted(f'a photo of {manifest.title}')})",
             'generator.draw(settings)[0].save("picture.png")',
         ]
         return "\n".join(lines)
