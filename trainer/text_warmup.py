@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from preprocessing.errors import UserError
 from preprocessing.concepts import trigger_pattern, without_triggers
+from preprocessing.errors import UserError
 from trainer.cache import Cache, lookup
 from trainer.config import JobSettings
 from trainer.draws import generator

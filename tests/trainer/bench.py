@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from preprocessing.concepts import without_triggers
 from preprocessing.prepared import PreparedDataset
-from preprocessing.trigger import without_trigger
 from trainer import cache, methods
 from trainer.cache import Cache
 from trainer.config import JobSettings
@@ -39,7 +39,7 @@ def set_up(family: Family, settings: JobSettings, dataset: PreparedDataset) -> B
     method = methods.create(settings)
     preserved = preserved_prompts(settings, method, dataset)
     captions = [item.caption for item in dataset.items]
-    plain = [without_trigger(caption, settings.trigger_word, settings.class_word) for caption in captions]
+    plain = [without_triggers(caption, settings.class_words) for caption in captions]
     own = () if method.needs_text_grad else captions
     cached = cache.build(family, dataset, [*own, *plain, *preserved], lambda *_: None)
     groups = method.attach(family)

@@ -211,7 +211,7 @@ def test_merged_models_know_both_words(trained, tmp_path, tiny_model):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     generator = Generator(str(tiny_model), "cpu")
     generator.use(folder)
-    mine = generator.family.encode_text(generator._words(["ROB before TEA"]))["context"]
+    mine = generator.family.encode_text(generator.words(["ROB before TEA"]))["context"]
     stock, _ = pipe.encode_prompt("ROB before TEA", "cpu", 1, False)
     torch.testing.assert_close(stock, mine, atol=1e-5, rtol=1e-4)
 

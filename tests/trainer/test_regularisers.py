@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from preprocessing.concepts import without_triggers
 from preprocessing.errors import UserError
-from preprocessing.trigger import without_trigger
 from tests.trainer.bench import Bench, set_up
 from trainer.cache import lookup
 from trainer.draws import normal
@@ -123,7 +123,7 @@ def test_the_norm_penalty_compares_with_the_base_models_reading(class_word, lab,
     wanted = 0.0
     for caption in (one for one in batch.captions[:3] if one):
         found = setup.family.encode_text(setup.method.words([caption]))
-        base = lookup(setup.cached.text, [without_trigger(caption, "TOK", class_word)])
+        base = lookup(setup.cached.text, [without_triggers(caption, {"TOK": class_word})])
         parts = [(found[name].norm(dim=-1).mean() / base[name].norm(dim=-1).mean() - 1) ** 2 for name in found]
         wanted = wanted + 0.7 * sum(parts) / len(parts) / 4
     assert wanted > 1e-6
