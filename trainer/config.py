@@ -170,6 +170,10 @@ class RegularisationSettings(PrepareSettings):
         le=10_000,
         description="Steps before the run that fit the tokens to class_word by the encoded captions alone, no picture.",
     )
+    alignment_prompt: str = Field(
+        "", description="PALP: the one prompt, with {trigger}, that is to be drawn as the base model would."
+    )
+    alignment_weight: float = Field(0.0, ge=0, description="Weight of that term; each costs a step twice its time.")
     conditioning_noise: float = Field(
         0.0, ge=0, description="Noise on the encoded captions in training, in their own standard deviations."
     )
@@ -331,6 +335,10 @@ class JobSettings(
             raise ValueError(
                 f"conditioning_norm_penalty: method {self.method} leaves the encoded captions as they are: leave it out"
             )
+        if bool(self.alignment_weight) != bool(self.alignment_prompt):
+            raise ValueError("alignment_prompt and alignment_weight go together: give both or neither")
+        if self.alignment_weight and ("{trigger}" not in self.alignment_prompt or self.method in ("full", "condition")):
+            raise ValueError("alignment_prompt needs {trigger} in it, and a method that keeps the base model beside")
         if self.token_warmup and self.method != "pivotal":
             raise ValueError(f"token_warmup goes with method pivotal, not {self.method}")
         if self.token_warmup > self.pivot_fraction:

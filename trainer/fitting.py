@@ -17,7 +17,7 @@ from preprocessing.errors import UserError
 from preprocessing.findings import Findings, examine
 from preprocessing.preflight import write_preflight
 from preprocessing.prepared import PreparedDataset
-from trainer import cache, delivery, families, preflight, text_warmup
+from trainer import alignment, cache, delivery, families, preflight, text_warmup
 from trainer.cache import Cache
 from trainer.checkpoint import Checkpoints, fingerprint
 from trainer.config import JobSettings
@@ -200,6 +200,12 @@ def preserved_prompts(settings: JobSettings, method: Method, dataset: PreparedDa
     return tuple(dict.fromkeys(caption for caption in plain if caption))
 
 
+def texts(settings: JobSettings, method: Method, captions: Sequence[str]) -> list[str]:
+    """What the base model's reading is wanted of: the captions, with the class words for the triggers too."""
+    plain = [without_triggers(caption, settings.class_words) for caption in captions]
+    return [*(() if method.needs_text_grad else captions), *plain, *alignment.prompts(settings)]
+
+
 def planned(
     parts: Loaded, settings: JobSettings, whole: PreparedDataset, held_out: Sequence[int] = ()
 ) -> tuple[Plan, Cache, Findings]:
@@ -213,9 +219,7 @@ def planned(
     preserved = preserved_prompts(settings, method, dataset.model_copy(update={"items": trained}))
     with parts.stages.stage("cache"):
         # before the method attaches: what is cached of the text is the base model's
-        plain = [without_triggers(caption, settings.class_words) for caption in captions]
-        own = () if method.needs_text_grad else captions
-        text = [*own, *plain, *unrelated_prompts(settings), *preserved]
+        text = [*texts(settings, method, captions), *unrelated_prompts(settings), *preserved]
         cached = cache.build(family, dataset, text, parts.stages.progress, method)
         if not method.needs_vae:
             family.free(VAE)

@@ -16,6 +16,8 @@ from torch import Tensor
 class Objective(Protocol):
     """What the loop needs of an objective; families pick one."""
 
+    noise_sign: float  # 1 where a larger prediction stands for more noise, -1 where for more of the data
+
     def times(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> the times trained on, rising with them."""
 
@@ -24,6 +26,9 @@ class Objective(Protocol):
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the net should predict at time t."""
+
+    def data(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """What a prediction at time t < 1 says that the data are."""
 
     def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
         """How much each sample's squared error counts."""
@@ -39,6 +44,7 @@ class Ddpm:
         self.scheduler = scheduler
         self.steps = scheduler.config.num_train_timesteps
         self.prediction_type = scheduler.config.prediction_type
+        self.noise_sign = -1.0 if self.prediction_type == "sample" else 1.0
         self.zero_terminal_snr = float(scheduler.alphas_cumprod[-1] < 1e-6)
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {self.prediction_type!r}")
@@ -59,6 +65,14 @@ class Ddpm:
         if self.prediction_type == "sample":
             return data
         return self.scheduler.get_velocity(data, noise, self.timesteps(t))
+
+    def data(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        kept = self.scheduler.alphas_cumprod.to(noisy)[self.timesteps(t)].reshape(-1, *[1] * (noisy.ndim - 1))
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "v_prediction":
+            return kept.sqrt() * noisy - (1 - kept).sqrt() * prediction
+        return (noisy - (1 - kept).sqrt() * prediction) / kept.sqrt()
 
     def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
         """Min-SNR weights (Hang et al. 2023, arXiv:2303.09556, section 3.4); ones without `snr_gamma`.
@@ -86,6 +100,8 @@ class Flow:
     are, before it, distributed so that their logit is normal (section 3.1).
     """
 
+    noise_sign = 1.0
+
     def __init__(self, shift: float = 1.0, logit_normal: bool = False):
         self.shift, self.logit_normal = shift, logit_normal
 
@@ -103,6 +119,9 @@ class Flow:
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - data
+
+    def data(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        return noisy - t.reshape(-1, *[1] * (noisy.ndim - 1)) * prediction
 
     def weights(self, t: Tensor, snr_gamma: float | None) -> Tensor:
         return torch.ones_like(t)

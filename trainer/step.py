@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.concepts import trigger_pattern, without_triggers
+from trainer.alignment import PromptAlignment
 from trainer.cache import Cache, lookup
 from trainer.config import JobSettings
 from trainer.draws import Draw, draw
@@ -71,6 +72,9 @@ class TrainStep(nn.Module):
         modules = {net.name: family.module(net.name) for net in family.nets}
         self.nets = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
         self._family, self._method, self._settings, self._text = family, method, settings, cache.text
+        self._alignment = None
+        if settings.alignment_weight:
+            self._alignment = PromptAlignment(family, method, cache.text, settings)
 
     def forward(self, batch: Batch) -> Tensor:
         batch = self._method.prepared(self._family, batch)
@@ -82,6 +86,8 @@ class TrainStep(nn.Module):
         loss = self._family.training_loss(batch, batch.conditioning | text, self._settings.snr_gamma)
         if weight := self._settings.conditioning_norm_penalty:
             loss = loss + weight * self._norm_distance(batch.captions, read)
+        if self._alignment is not None:
+            loss = loss + self._settings.alignment_weight * self._alignment(batch, self.conditioning)
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from preprocessing.concepts import without_triggers
 from preprocessing.prepared import PreparedDataset
 from trainer import cache, methods
 from trainer.cache import Cache
 from trainer.config import JobSettings
 from trainer.families.base import Family
-from trainer.fitting import preserved_prompts
+from trainer.fitting import preserved_prompts, texts
 from trainer.methods.base import Method, ParameterGroup
 from trainer.samples import Batch
 from trainer.step import BatchMaker, TrainStep
@@ -39,9 +38,7 @@ def set_up(family: Family, settings: JobSettings, dataset: PreparedDataset) -> B
     method = methods.create(settings)
     preserved = preserved_prompts(settings, method, dataset)
     captions = [item.caption for item in dataset.items]
-    plain = [without_triggers(caption, settings.class_words) for caption in captions]
-    own = () if method.needs_text_grad else captions
-    cached = cache.build(family, dataset, [*own, *plain, *preserved], lambda *_: None)
+    cached = cache.build(family, dataset, [*texts(settings, method, captions), *preserved], lambda *_: None)
     groups = method.attach(family)
     batches = BatchMaker(cached, settings, torch.device("cpu"), preserved)
     module = TrainStep(family, method, cached, settings)

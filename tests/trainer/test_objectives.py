@@ -51,6 +51,15 @@ def test_ddpm_mixes_data_and_noise(pair):
     close(ddpm().mix(data, noise, t), alpha * data + sigma * noise)
 
 
+@pytest.mark.parametrize("objective", [*map(ddpm, PREDICTIONS), Flow(), Flow(shift=3.0)])
+def test_the_data_are_found_again_from_the_true_prediction(objective, pair):
+    data, noise, t = (one[:-2] for one in pair)
+    noisy, target = objective.mix(data, noise, t), objective.target(data, noise, t)
+    close(objective.data(noisy, target, t), data)
+    more = objective.target(data, noise + 1.0, t) - target
+    assert (more * objective.noise_sign >= 0).all() and objective.noise_sign in (1.0, -1.0)
+
+
 def test_ddpm_targets(pair):
     data, noise, t = pair
     alpha, sigma = alpha_sigma(t)
