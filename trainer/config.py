@@ -20,6 +20,7 @@ Schedule = Literal["constant", "linear", "cosine", "exponential"]
 FOR_SOME = (
     *("use_text", "tokenizer", "vocab_size", "text_embed_dim", "num_text_layers", "text_nhead", "max_text_length"),
     *("hidden_dim", "num_layers", "use_frequency_prior", "use_class_labels"),
+    "token_attention_penalty",
 )
 
 
@@ -160,6 +161,9 @@ class RegularisationSettings(PrepareSettings):
         0.0,
         ge=0,
         description="Pull of the length of an encoded caption's states to that of the base model's, with class_word.",
+    )
+    token_attention_penalty: float = Field(
+        0.0, ge=0, description="Weight of the share of the tokens' attention that lies outside of the mask."
     )
     token_warmup: float = Field(
         0.0, ge=0, lt=1, description="Share of the run, its first, in which the tokens are trained alone (pivotal)."
@@ -327,7 +331,7 @@ class JobSettings(
     @model_validator(mode="after")
     def _regularisers_fit(self) -> JobSettings:
         if self.method not in ("pivotal", "textual_inversion"):
-            for name in ("token_covariance_penalty", "token_text_warmup"):
+            for name in ("token_covariance_penalty", "token_attention_penalty", "token_text_warmup"):
                 if getattr(self, name):
                     raise ValueError(f"{name} goes with method pivotal or textual_inversion, not {self.method}")
         reads_anew = self.train_text_encoder or self.method in ("pivotal", "textual_inversion", "prefix")

@@ -215,6 +215,8 @@ def planned(
     """
     family, method, dataset, accelerator = parts.family, parts.method, parts.dataset, parts.accelerator
     captions = [item.caption for item in dataset.items]
+    if settings.token_attention_penalty and not any(item.mask for item in dataset.items):
+        raise UserError("token_attention_penalty needs masks: set mask_from, or upload x.mask.png beside x.png.")
     trained = tuple(item for i, item in enumerate(dataset.items) if i not in held_out)
     preserved = preserved_prompts(settings, method, dataset.model_copy(update={"items": trained}))
     with parts.stages.stage("cache"):

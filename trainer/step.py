@@ -15,6 +15,7 @@ from trainer.draws import Draw, draw
 from trainer.families.base import Family
 from trainer.methods import regularisers
 from trainer.methods.base import Method
+from trainer.methods.token_maps import TokenMaps
 from trainer.samples import Batch, Conditioning, padded
 
 PRESERVED_EVERY = 3  # one sample in so many also serves to hold the base model's predictions
@@ -83,7 +84,7 @@ class TrainStep(nn.Module):
             # no caption stays what guidance leads away from
             pairs = zip(batch.keys, batch.captions, strict=True)
             text = regularisers.noisy(text, [f"{key}/noise" if caption else "" for key, caption in pairs], scale)
-        loss = self._family.training_loss(batch, batch.conditioning | text, self._settings.snr_gamma)
+        loss = self._denoising_loss(batch, batch.conditioning | text)
         if weight := self._settings.conditioning_norm_penalty:
             loss = loss + weight * self._norm_distance(batch.captions, read)
         if self._alignment is not None:
@@ -91,6 +92,17 @@ class TrainStep(nn.Module):
         if batch.preserved:
             loss = loss + self._settings.preservation_weight * self._preservation(batch)
         return loss + self._method.penalty()
+
+    def _denoising_loss(self, batch: Batch, conditioning: Conditioning) -> Tensor:
+        """The family's loss and, where it is asked for, the attention to the new tokens outside of the mask."""
+        gamma, weight = self._settings.snr_gamma, self._settings.token_attention_penalty
+        if not weight or batch.mask is None:
+            return self._family.training_loss(batch, conditioning, gamma)
+        layers, columns = self._family.attended(self._method.words(batch.captions), self._method.tokens())
+        maps = TokenMaps(layers)
+        with maps.reading():
+            loss = self._family.training_loss(batch, conditioning, gamma)
+        return loss + weight * maps.outside(columns, batch.mask).mean()
 
     def prepared(self, batch: Batch) -> Batch:
         """A batch as the questions below take it, with what the method adds for every step but no dropout."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -282,6 +282,12 @@ class Family(Drawable):
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction in fp32, time and sign canonical (see trainer.objectives)."""
+
+    def attended(self, captions: list[str], tokens: Sequence[str]) -> tuple[list[Any], Tensor]:
+        """The denoiser's layers of attention to text (diffusers' Attention), and which of the states of B captions, as
+        the text encoders read them, are of these tokens: bool [B, L]. Of a family with token_attention_penalty.
+        """
+        raise NotImplementedError(self.name)
 
     def store_in_fp8(self) -> None:
         """Keep the denoiser's linear and convolution weights in 8 bits, cast back layer by layer as they are used.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from trainer import kohya
@@ -42,6 +44,7 @@ class StableDiffusion(PipelineFamily):
     towers: ClassVar[tuple[tuple[str, str, str], ...]] = (("tokenizer", "text_encoder", "clip_l"),)
     text_layers: ClassVar[tuple[str, str] | None] = ("attn2.to_k", "attn2.to_v")
     ui_embedding_keys: ClassVar[dict[str, tuple[str, str]]] = {"clip_l": ("emb_params", "string_to_param.*")}
+    own_settings: ClassVar[tuple[str, ...]] = ("token_attention_penalty",)
     ui_adapters: ClassVar[tuple[str, ...]] = ("lora", "lokr")
     card_tags: ClassVar[tuple[str, ...]] = ("stable-diffusion", "stable-diffusion-diffusers")
     recommended: ClassVar[dict[str, dict[str, Any]]] = {
@@ -79,6 +82,12 @@ class StableDiffusion(PipelineFamily):
     def encode_text(self, captions: list[str]) -> Conditioning:
         (tower,) = self.text
         return {"context": tower.encoder(self._tokens(tower, captions)).last_hidden_state}
+
+    def attended(self, captions: list[str], tokens: Sequence[str]) -> tuple[list[Attention], Tensor]:
+        layers = [layer for layer in self._pipe.unet.modules() if isinstance(layer, Attention)]
+        tower = self.text[0]  # the second one's tokenizer parts a text alike
+        ids = torch.tensor(tower.tokenizer.convert_tokens_to_ids(list(tokens)), device=self.device)
+        return [one for one in layers if one.is_cross_attention], torch.isin(self._tokens(tower, captions), ids)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self._pipe.unet(
