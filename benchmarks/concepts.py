@@ -51,8 +51,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no pivot": {"pivot_fraction": 1.0},
     "rate rises": {"lr_schedule": "exponential"},
     "average of weights": {"ema_decay": 0.99},
+    "LoRA+ 16": {"lora_plus_ratio": 16.0, "learning_rate": 0.001},
+    "LoKr": {"adapter_type": "lokr"},
+    "OFT": {"adapter_type": "oft"},
+    "covariance 0.01": {"token_covariance_penalty": 0.01},
+    "conditioning norm 0.1": {"conditioning_norm_penalty": 0.1, "class_word": "sticker"},
+    "conditioning noise 0.1": {"conditioning_noise": 0.1},
+    "masks": {},
+    "masks, attention in them": {"token_attention_penalty": 0.1},
+    "tokens first, 0.1": {"token_warmup": 0.1},
+    "tokens from the text, 100": {"token_text_warmup": 100, "class_word": "sticker"},
+    "aligned to a prompt": {
+        "alignment_prompt": "{trigger} on a striped green background on the left",
+        "alignment_weight": 0.001,
+        "class_word": "sticker",
+    },
+    "perfusion": {"method": "perfusion", "class_word": "sticker"},
     "no tokens": {"method": "lora"},
 }
+MASKED = ("masks", "masks, attention in them")  # variants whose pictures come with masks
 COLUMNS = ("subject", "background", "position", "drift", "bleed", "seconds", "parameters")
 Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 
@@ -65,7 +82,8 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="concepts-") as name:
         folder = Path(name)
-        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip")])
+        wanted = ["--masks"] if variant in MASKED else []
+        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip"), *wanted])
         fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "seed": seed, "holdout": 0}
         fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
         fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}

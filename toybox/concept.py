@@ -24,7 +24,7 @@ from PIL import Image
 from preprocessing.errors import UserError
 from toybox.captions import compose
 from toybox.sprite import combinations, load_sprite
-from toybox.world import CENTRES, OVERSAMPLE, RADII, Background, draw_background, paste_sprite, place
+from toybox.world import CENTRES, OVERSAMPLE, RADII, SIZE, Background, draw_background, paste_sprite, place
 from trainer import commandline
 
 MAX_COUNT = 1000  # names have three digits
@@ -65,6 +65,16 @@ def picture_of(sprite: Image.Image, pasted: Pasted) -> Image.Image:
     return canvas.reduce(OVERSAMPLE)
 
 
+def mask_of(sprite: Image.Image, pasted: Pasted) -> Image.Image:
+    """Where the sprite is in the picture: L, 64x64."""
+    outline = Image.new("RGBA", sprite.size, "white")
+    outline.putalpha(sprite.getchannel("A"))
+    canvas = Image.new("RGB", (SIZE * OVERSAMPLE,) * 2)
+    (x, y), radius = place(pasted.size, pasted.position, pasted.jitter)
+    paste_sprite(canvas, outline, (x * OVERSAMPLE, y * OVERSAMPLE), radius * OVERSAMPLE)
+    return canvas.reduce(OVERSAMPLE).convert("L")
+
+
 def caption_of(pasted: Pasted, trigger: str, rng: random.Random) -> str:
     """A caption of varied wording with the trigger word for the sprite."""
     subject = f"a {pasted.size} {trigger}" if rng.random() < SIZE_SHARE else trigger
@@ -97,19 +107,25 @@ def make_archive(args: argparse.Namespace) -> None:
         seed = args.seed if number == 0 else f"{args.seed} {number}"
         folder = f"{trigger}/" if len(args.sprite) > 1 else ""
         made = members_of(load_sprite(path), trigger, args.count, seed)
-        members |= {f"{folder}{name}": data for name, data in made if not (args.no_captions and name.endswith(".txt"))}
+        unwanted = ((".txt",) if args.no_captions else ()) + (() if args.masks else (".mask.png",))
+        members |= {f"{folder}{name}": data for name, data in made if not (unwanted and name.endswith(unwanted))}
     write_archive(args.out, members)
 
 
 def members_of(sprite: Image.Image, trigger: str, count: int, seed: int | str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of `count` pictures of a sprite, each with its caption behind it."""
+    """Names and contents of `count` pictures of a sprite, each with its caption and its mask behind it."""
     # Two streams, so that pictures do not depend on whether captions are written.
     drawing, wording = random.Random(seed), random.Random(f"captions {seed}")
     for index, pasted in enumerate(plan(sprite, count, drawing)):
-        encoded = io.BytesIO()
-        picture_of(sprite, pasted).save(encoded, "PNG")
-        yield f"{index:03}.png", encoded.getvalue()
+        yield f"{index:03}.png", _as_png(picture_of(sprite, pasted))
         yield f"{index:03}.txt", (caption_of(pasted, trigger, wording) + "\n").encode()
+        yield f"{index:03}.mask.png", _as_png(mask_of(sprite, pasted))
+
+
+def _as_png(picture: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "--trigger", default=["TOK"], nargs="+", help="the word that stands for each sprite (default TOK)"
     )
     result.add_argument("--no_captions", action="store_true", help="pictures alone, without text beside them")
+    result.add_argument("--masks", action="store_true", help="also write where the sprite is, as x.mask.png")
     return result
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw
 
@@ -17,7 +18,7 @@ from toybox.draw_sprites import SPRITES as DRAWN
 from toybox.palette import COLOURS
 from toybox.score import SPRITES
 from toybox.sprite import MIN_COLOURS, combinations, for_training, load_sprite, visible_colours
-from toybox.world import CENTRES, PATTERNS, RADII, SIZE
+from toybox.world import CENTRES, OVERSAMPLE, PATTERNS, RADII, SIZE, draw_background
 
 ROBOT = SPRITES / "robot.png"
 
@@ -195,3 +196,22 @@ def test_the_demo_sprites_are_what_their_script_draws(draw):
     with Image.open(SPRITES / f"{draw.__name__}.png") as shipped:
         assert shipped.mode == "RGBA" and shipped.size == (SIDE, SIDE)
         assert ImageChops.difference(shipped, draw()).getbbox(alpha_only=False) is None
+
+
+def test_masks_lie_where_the_sprite_is(tmp_path):
+    out = tmp_path / "x.zip"
+    for wanted in ([], ["--masks"]):
+        concept.main(["--sprite", str(SPRITES / "robot.png"), "--out", str(out), "--count", "3", *wanted])
+        with zipfile.ZipFile(out) as archive:
+            names = archive.namelist()
+            assert ("001.mask.png" in names) == bool(wanted) and len(names) == (9 if wanted else 6)
+    with zipfile.ZipFile(out) as archive:
+        picture, mask = (Image.open(archive.open(f"001{end}.png")) for end in ("", ".mask"))
+        picture.load()
+        mask.load()
+    assert mask.mode == "L" and mask.size == picture.size
+    (pasted,) = concept.plan(load_sprite(SPRITES / "robot.png"), 3, random.Random(0))[1:2]
+    bare = draw_background(pasted.background).reduce(OVERSAMPLE)
+    changed = np.abs(np.asarray(picture, int) - np.asarray(bare, int)).max(axis=2) > 0
+    covered = np.asarray(mask) > 0
+    assert (changed <= covered).all() and changed.sum() > 0.9 * covered.sum()
