@@ -4,15 +4,17 @@ For each variant, sprite and seed the real job trains on twelve pictures of the 
 in a process of its own on one thread, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
 is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt.
 
-Told are the means over the runs with 95 % intervals (resampled runs), and how much subject and prompt differ from the
-default's run with the same sprite and seed.
+Told are the means over the runs with 95 % intervals (resampled runs), how much subject and prompt differ from the
+default's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -118,6 +120,14 @@ def against_default(runs: Runs, variant: str, score: Callable[[dict[str, Any]], 
     return mean([score(own[key]) - score(default[key]) for key in shared]) if shared else None
 
 
+def seed_spread(own: dict[str, dict[str, Any]]) -> float:
+    """Standard deviation of the subject's score over the seeds of a sprite, of all sprites the root mean square."""
+    by_sprite: dict[str, list[float]] = {}
+    for key, run in own.items():
+        by_sprite.setdefault(key.partition("/")[0], []).append(run["subject"])
+    return math.sqrt(statistics.mean(statistics.pvariance(values) for values in by_sprite.values()))
+
+
 def _signed(found: Interval | None) -> str:
     return "" if found is None else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
@@ -125,15 +135,15 @@ def _signed(found: Interval | None) -> str:
 def table(runs: Runs) -> str:
     """The runs in Markdown, a row a variant."""
     lines = [
-        f"| variant | runs | {' | '.join(COLUMNS)} | subject − default | prompt − default |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        f"| variant | runs | {' | '.join(COLUMNS)} | spread | subject − default | prompt − default |",
+        "|---" * (len(COLUMNS) + 5) + "|",
     ]
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
         own = list(of_variant(runs, variant).values())
         means = {column: mean([run[column] for run in own]) for column in COLUMNS}
         cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in (means[c] for c in COLUMNS[:3])]
         cells += [f"{means['drift'].mean:.3f}", f"{means['bleed'].mean:.3f}", f"{means['seconds'].mean:.0f}"]
-        cells.append(f"{means['parameters'].mean:,.0f}")
+        cells += [f"{means['parameters'].mean:,.0f}", f"{seed_spread(of_variant(runs, variant)):.3f}"]
         differences = ["", ""]
         if variant != DEFAULT:
             subject = against_default(runs, variant, lambda run: run["subject"])

@@ -177,7 +177,9 @@ class RegularisationSettings(PrepareSettings):
     alignment_prompt: str = Field(
         "", description="PALP: the one prompt, with {trigger}, that is to be drawn as the base model would."
     )
-    alignment_weight: float = Field(0.0, ge=0, description="Weight of that term, five predictions more of every third sample.")
+    alignment_weight: float = Field(
+        0.0, ge=0, description="Weight of that term, five predictions more of every third sample."
+    )
     conditioning_noise: float = Field(
         0.0, ge=0, description="Noise on the encoded captions in training, in their own standard deviations."
     )

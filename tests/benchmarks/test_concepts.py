@@ -52,6 +52,11 @@ def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
     assert "-0.100 (-0.100 to -0.100)" in lines[3] and len({line.count("|") for line in lines}) == 1
 
 
+def test_the_spread_is_that_over_the_seeds_and_not_over_the_sprites() -> None:
+    default = concepts.of_variant(RUNS, concepts.DEFAULT)
+    assert concepts.seed_spread(default) == pytest.approx((0.2**2 / 2) ** 0.5)  # 0.9 and 0.5; the snail ran once
+
+
 def test_the_plot_is_the_same_for_the_same_runs(tmp_path: Path) -> None:
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     concepts.plot(RUNS, first)

@@ -1,0 +1,77 @@
+"""Does a run destroy what the base model can before it learns? `python -m benchmarks.first_steps --out results.json`
+
+The real job by variants of benchmarks.concepts, stopped after the last of STEPS; the oracle judges what the weights of
+each of STEPS draw: how often the subject is found, and the prompt's background and position obeyed. A variant that
+`--out` holds is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.concepts import DEFAULT, SPRITES, VARIANTS
+from benchmarks.evaluation import SCORED, scores
+from trainer import commandline
+
+STEPS = (10, 25, 50, 100)
+EVERY = 5  # divides each of STEPS: a job keeps the weights that it evaluates
+
+
+class Enough(Exception):
+    """The steps that are looked at have been made."""
+
+
+def stop_after(stage: str, done: int, total: int) -> None:
+    """A job's progress callback that ends it."""
+    if stage == "train" and done > STEPS[-1]:
+        raise Enough
+
+
+def measure(variant: str, sprite: Path) -> dict[int, dict[str, float]]:
+    """The scores by step."""
+    from toybox import concept
+    from trainer import job
+    from trainer.config import JobSettings
+
+    with tempfile.TemporaryDirectory(prefix="first-steps-") as name:
+        folder = Path(name)
+        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip")])
+        fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "holdout": 0, "report_to": "none"}
+        fixed |= {"evaluate_every": EVERY, "keep_evaluated": True, "early_stop": False, "workers": 0}
+        try:
+            job.train(JobSettings(**fixed | VARIANTS[variant]), progress=stop_after)
+        except Enough:
+            return scores(sprite, folder / "out" / "weights", STEPS)
+    raise RuntimeError(f"the job ended before step {STEPS[-1]}")
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [f"| variant | step | {' | '.join(SCORED)} |", "|---" * (len(SCORED) + 2) + "|"]
+    for variant, by_step in results.items():
+        for step, found in by_step.items():
+            lines.append(f"| {variant} | {step} | {' | '.join(f'{found[name]:.2f}' for name in SCORED)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON that results are kept in")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT], metavar="VARIANT")
+    parser.add_argument("--sprite", type=Path, default=SPRITES[0], help="an RGBA drawing (default: the robot)")
+    args = parser.parse_args(argv)
+    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    for variant in (name for name in args.variant if name not in results):
+        results[variant] = measure(variant, args.sprite)
+        args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(main))
