@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from tqdm import trange
 
 from preprocessing.errors import UserError
+from trainer import artifact
 from trainer.adapter_keys import ALPHA, DOWN, UP, lora_config_of
 from trainer.devices import training_attention
 from trainer.families.base import DENOISER, Family
@@ -65,6 +66,8 @@ def check(subject: Weights, style: Weights) -> None:
         manifest = weights.manifest
         if manifest.method not in ("lora", "pivotal"):
             raise UserError(f"{name} are of method {manifest.method}: zip_lora joins weights of pivotal and lora.")
+        if (kind := artifact.adapter_type(manifest.nets)) != "lora":
+            raise UserError(f"{name} are of adapter_type {kind}, whose columns cannot be shared: train them as lora.")
         if any(config.get("use_dora") for config in manifest.nets.values()):
             raise UserError(f"{name} are DoRA, whose columns cannot be shared: train them without use_dora.")
         if any(net.startswith("text_encoder") for net in manifest.nets):

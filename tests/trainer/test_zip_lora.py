@@ -115,6 +115,7 @@ def test_a_style_that_does_nothing_leaves_the_subject_as_it_is(pair, tiny_model,
         (1, {"method": "pivotal"}, "new tokens of their own"),
         (0, {"method": "full"}, "method full"),
         (1, {"method": "lora", "use_dora": True}, "DoRA"),
+        (1, {"method": "lora", "adapter_type": "lokr"}, "adapter_type lokr"),
         (0, {"method": "lora", "train_text_encoder": True}, "text encoder"),
     ],
 )
