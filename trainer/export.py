@@ -210,7 +210,7 @@ def _write_formats(settings: ExportSettings, family: Family, weights: Weights) -
     for write in chosen.values():
         written += write(settings.out, family, weights)
     if not written:
-        raise UserError(f"{settings.format} has no place for these weights: give --format archive, diffusers or peft.")
+        raise UserError(f"{settings.format} has no place for these weights: give another --format; archive holds all.")
     return [f"written: {path}" for path in written]
 
 

@@ -172,7 +172,7 @@ def _diffusers(manifest: Manifest, place: Place) -> str:
         return "Diffusers has no place for these weights in its pipelines: Atelier draws with them, as below."
     if artifact.adapter_type(manifest.nets) != "lora":
         return (
-            "Diffusers loads LoRA alone: merge the weights into a model of its own, or draw with them as below:\n\n"
+            "Diffusers' loader knows LoRA alone: merge the weights into a model, or draw with them as below:\n\n"
             "```\npython -m trainer.export --weights trained_model.tar --out merged --merge true\n```"
         )
     if METHODS[manifest.method].draws_from_conditions:

@@ -190,11 +190,12 @@ def test_lokr_for_comfyui_adds_up_to_the_same_weights(rank, trained, tiny_model)
     assert found > 10
 
 
-@SD_ONLY
-@BOTH
-def test_other_programs_get_what_they_can_read_and_no_more(kind, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("tiny_model", "kind"), [("sd", "lokr"), ("sd", "oft"), ("flux", "lokr")], indirect=["tiny_model"]
+)
+def test_other_programs_get_what_they_can_read_and_no_more(kind, trained, tiny_model, tmp_path):
     folder = trained(kind)
-    assert (folder / "comfyui" / "adapter.safetensors").exists() == (kind == "lokr")
+    assert (folder / "comfyui" / "adapter.safetensors").exists() == (kind == "lokr" and tiny_model.name == "sd")
     assert (folder / "comfyui" / "embeddings" / "TOK.safetensors").exists()
     with pytest.raises(UserError, match="diffusers has no place"):
         export.export(ExportSettings(weights=str(folder), out=tmp_path / "diffusers", format="diffusers"))
