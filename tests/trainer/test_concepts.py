@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,7 +27,8 @@ from trainer.artifact import Manifest
 from trainer.commandline import build_parser, read
 from trainer.config import JobSettings
 from trainer.evaluation.exhibit import Exhibit
-from trainer.evaluation.split import split
+from trainer.evaluation.history import Answers, History
+from trainer.evaluation.split import Split, split
 from trainer.fitting import preserved_prompts
 from trainer.generate import Generator
 from trainer.methods.tokens import NewTokens, token_names
@@ -302,10 +304,25 @@ def test_of_each_concept_something_is_left_to_train_on(seed, two, settings):
     for holdout in (1, 2, 9):
         parting = split(two, settings(concepts=TWO, holdout=holdout, seed=seed))
         assert 3 not in parting.held_out and len(parting.held_out) == min(holdout, 2)
+        assert parting.asked(two) == parting.held_out
     items = [item.model_copy(update={"concept": i % 2}) for i, item in enumerate(two.items)]
     even = two.model_copy(update={"items": tuple(items)})
     folds = split(even, settings(concepts=TWO, holdout=None, seed=seed)).folds
     assert len(folds) == 2 and all({i % 2 for i in fold} == {0, 1} for fold in folds)
+    assert {i % 2 for i in split(even, settings(concepts=TWO, holdout=2, seed=seed)).held_out} == {0, 1}
+    many = even.model_copy(update={"items": tuple(one for one in items if one.concept == 0) * 5 + tuple(items[1::2])})
+    asked = Split().asked(many)
+    assert len(asked) == 8 and set(asked) >= {10, 11}  # the second concept's are the last of all
+    assert Split().asked(two.model_copy(update={"concepts": ()})) == (0, 1, 2, 3)
+
+
+def test_a_history_of_some_pictures_is_that_of_their_points(tmp_path):
+    answers = [Answers(step, np.arange(4.0) + 1 - step, np.arange(4.0), np.zeros(2)) for step in (0, 1)]
+    whole = History(np.full(4, 2.0), (0.1, 0.2, 0.3, 0.4), (0, 1, 0, 1), True, tuple(answers))
+    part = whole.of([1])
+    assert part.pictures == (1, 1) and part.times == (0.2, 0.4)
+    assert part.gain(1).mean == pytest.approx(((2 - 1) + (2 - 3)) / 2 / 2) and part.steps == [0, 1]
+    assert whole.of([0, 1]).gain(1) == whole.gain(1)
 
 
 def test_settings_go_through_recipes_and_back(tmp_path, settings):
@@ -366,6 +383,9 @@ def test_a_zip_of_folders_becomes_one_archive_of_both(folders, settings, tmp_pat
     assert {"comfyui/embeddings/ROB.safetensors", "comfyui/embeddings/TEA.safetensors"} <= set(names)
     assert "The trigger words are **ROB**, a robot, and **TEA**." in card and "a photo of <s0><s1> and <s2><s3>" in card
     page = result.report.read_text(encoding="utf-8")
+    assert set(result.summary.by_concept) == {"ROB", "TEA"}
+    (sentence,) = (one for one in result.summary.sentences() if one.startswith("Of that"))
+    assert "ROB " in sentence and "TEA " in sentence and sentence in page
     for told in ("<h1>ROB and TEA</h1>", "a ROB", "a TEA", "data/ROB robot", "50 %", "&lt;s2&gt;&lt;s3&gt;"):
         assert told in page, told
     assert len(result.samples) == 3
