@@ -226,7 +226,8 @@ def _items(part: Part, finished: list[Finished], reused: int, place: Place, repo
 
 def _nothing_left(source: Path, concepts: Sequence[Concept], part: Part, rejects: Sequence[Reject]) -> str:
     if part.concept is not None:
-        source = source / concepts[part.concept].folder
+        folder = concepts[part.concept].folder
+        source, rejects = source / folder, [one for one in rejects if one.source.startswith(f"{folder}/")]
     if not rejects:
         return f"{source} holds no pictures: put some in."
     reasons = "; ".join(f"{reject.source}: {reject.reason}" for reject in rejects[:3])

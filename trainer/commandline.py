@@ -166,7 +166,8 @@ def _told(error: ErrorDetails, model: type[BaseModel], places: Mapping[str, str]
         return message
     if inside:  # of an object in a list
         field = ".".join(map(str, inside))
-        return f"{places.get(name, name)} {int(number) + 1}: {field}: {message.removeprefix('Input ')}"
+        place = number + 1 if isinstance(number, int) else number
+        return f"{places.get(name, name)} {place}: {field}: {message.removeprefix('Input ')}"
     if error["type"] == "missing":
         return (
             f"{name} is missing: give --{name} {_metavar(model.model_fields[name].annotation)} or put it in the recipe"

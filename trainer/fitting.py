@@ -37,7 +37,6 @@ from trainer.step import BatchMaker, TrainStep
 
 WEIGHTS, CHECKPOINTS, EVALUATION = "weights", "checkpoints", "evaluation"  # folders in output_dir
 HISTORY = "history.jsonl"
-MOST_SEEN = 8  # training pictures that are asked about where none is held out
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,10 @@ def fit(parts: Loaded, settings: JobSettings) -> Fitted | None:
             folder, parts.family, parts.method, dataset, delivery.Run(settings, step, parts.started_from)
         ),
     )
-    asked = parting.held_out or tuple(range(len(dataset.items)))[:MOST_SEEN]
     judged_by = rule(settings, best_step, unseen=bool(parting.held_out))
-    judge = Judge(questions(plan, cached, asked), judged_by, output / EVALUATION / HISTORY, kept, told(parts))
+    judge = Judge(
+        questions(plan, cached, parting.asked(dataset)), judged_by, output / EVALUATION / HISTORY, kept, told(parts)
+    )
     with parts.stages.stage("train"):
         step = run(parts, replace(plan, judge=judge), output)
     if not accelerator.is_main_process:
@@ -310,6 +310,19 @@ def summarised(fitted: Fitted, dataset: PreparedDataset, gallery: Gallery, secon
         diversity=gallery.seen.diversity,
         seconds=round(spent, 1),
         share=round(spent / sum(seconds.values()), 4),
+        by_concept=_by_concept(fitted, dataset),
         figures=fitted.figures(float(judged.at(fitted.step).losses.mean())),
         base_figures=fitted.figures(float(judged.base.mean())),
     )
+
+
+def _by_concept(fitted: Fitted, dataset: PreparedDataset) -> dict[str, Measured]:
+    """The gain on each concept's own pictures, of those that were asked about; nothing where there is one concept."""
+    parting, judged = fitted.parting, fitted.judged
+    asked = parting.asked(dataset) if judged is fitted.main else [index for fold in parting.folds for index in fold]
+    places: dict[str, list[int]] = {}
+    for place, index in enumerate(asked):
+        places.setdefault(" and ".join(dataset.triggers_of(dataset.items[index])), []).append(place)
+    if len(dataset.triggers) < 2:
+        return {}
+    return {name: Measured.of(judged.of(own).gain(fitted.step)) for name, own in sorted(places.items())}

@@ -182,7 +182,8 @@ class _Parts:
         if not self.rows:
             return dict.fromkeys(stands_for, 0)
         order = sorted(stands_for, key=lambda word: [int(number) for number in stands_for[word]])
-        if [int(number) for word in order for number in stands_for[word]] != list(range(count)):
+        numbers = [int(number) for word in order for number in stands_for[word]]
+        if len(numbers) != count or (len(order) > 1 and numbers != list(range(count))):
             said = ", ".join(f"{word} is {tokens!r:.60}" for word, tokens in self.special.items())
             raise UserError(f"{SPECIAL} of the weights says {said:.200}, and there are {count} tokens.")
         return {word: len(stands_for[word]) for word in order}

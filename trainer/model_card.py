@@ -129,7 +129,7 @@ def _what(manifest: Manifest) -> str:
         "condition": f"A LoRA on condition pictures ({', '.join(manifest.settings.get('condition_tasks', ()))})",
     }.get(manifest.method, f"Weights of method {manifest.method}")
     dora = " (DoRA)" if manifest.settings.get("use_dora") else ""
-    several = "words are" if manifest.concepts else "word is"
+    several = "words are" if len(manifest.words) > 1 else "word is"
     words = ", and ".join(
         f"**{one.trigger_word}**" + (f", a {one.class_word}" if one.class_word else "") for one in manifest.words
     )

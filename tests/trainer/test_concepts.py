@@ -21,34 +21,22 @@ from preprocessing.concepts import Concept
 from preprocessing.errors import UserError
 from preprocessing.prepared import PreparedDataset
 from tests.trainer.pictures import drawn
-from trainer import artifact, cache, export, foreign, job, loop, preview, start, ui_files
+from tests.trainer.two_concepts import ROB, TEA, TWO, of_two
+from trainer import artifact, cache, export, foreign, job, loop, preflight, start, ui_files
 from trainer.artifact import Manifest
 from trainer.commandline import build_parser, read
 from trainer.config import JobSettings
-from trainer.evaluation.exhibit import Exhibit
-from trainer.evaluation.split import split
 from trainer.fitting import preserved_prompts
 from trainer.generate import Generator
 from trainer.methods.tokens import NewTokens, token_names
 
-ROB = {"folder": "robots", "trigger_word": "ROB", "class_word": "dog", "n_tokens": 3}
-TEA = {"folder": "pots", "trigger_word": "TEA", "class_word": "cat", "weight": 3.0}
-TWO = (ROB, TEA)
 SD_ONLY = pytest.mark.parametrize("tiny_model", ["sd"], indirect=True)
 BOTH = "a ROB, TEA's TEAM and ROB."
 
 
 @pytest.fixture
 def two(dataset: PreparedDataset) -> PreparedDataset:
-    """The small data set as three pictures of one concept and one of another."""
-    concepts = tuple(Concept(**one) for one in TWO)
-    items = [
-        item.model_copy(
-            update={"concept": int(i == 3), "caption": item.caption.replace("TOK", concepts[i == 3].trigger_word)}
-        )
-        for i, item in enumerate(dataset.items)
-    ]
-    return dataset.model_copy(update={"items": tuple(items), "concepts": concepts, "trigger_word": "ROB"})
+    return of_two(dataset)
 
 
 @pytest.fixture
@@ -153,6 +141,26 @@ def test_what_was_trained_is_what_is_loaded(train_variant, lab, two, create):
     again.load(folder, lab.family)
     with torch.no_grad():
         assert torch.equal(lab.predict(again.words([BOTH])[0]), expected)
+
+
+def test_of_lora_the_words_stay_words(trained, lab, tiny_model):
+    manifest = artifact.read_manifest(folder := trained("lora"))
+    assert manifest.special_params == {} and manifest.tokens == () and manifest.called == "ROB and TEA"
+    assert [(one.trigger_word, one.class_word) for one in manifest.words] == [("ROB", "dog"), ("TEA", "cat")]
+    generator = Generator(str(tiny_model), "cpu")
+    before = drawn(generator, "ROB before a TEA")
+    generator.use(folder)
+    assert generator._words([BOTH]) == [BOTH] and (drawn(generator, "ROB before a TEA") != before).any()
+
+
+def test_the_reader_of_captions_looks_for_the_words_that_a_caption_holds(lab, create):
+    method = create("inversion", concepts=TWO, class_word="")
+    method.attach(lab.family)
+    read = preflight.reader_of(lab.family, method, ["ROB", "TEA"])
+    limit = lab.family.text[0].tokenizer.model_max_length
+    assert read("a TEA").trigger_kept and read("TEA, ROB").trigger_kept
+    long = read("TEA " + "a " * limit + "ROB")  # the one is read, the other cut off
+    assert not long.trigger_kept and "<s0><s1><s2>" in long.cut
 
 
 def test_manifests_of_one_concept_are_read_as_ever(trained):
@@ -265,7 +273,7 @@ def test_weights_are_honoured_and_a_stopped_run_goes_on_to_the_bit(two, train_on
     assert all(torch.equal(value, again.tensors[key]) for key, value in whole.tensors.items())
 
 
-@pytest.mark.parametrize("method", ["pivotal", "lora"])
+@pytest.mark.parametrize("method", ["pivotal", pytest.param("lora", marks=pytest.mark.slow)])
 def test_one_concept_named_as_such_trains_to_the_bit_as_without(method, dataset, train_on, settings, tmp_path):
     changes = {"method": method, "class_word": "dog", "max_train_steps": 3}
     plain = train_on(settings(**changes, output_dir=tmp_path / "plain"), dataset)
@@ -282,30 +290,6 @@ def test_preservation_reads_class_words_in_place_of_every_trigger(two, create):
     method = create("pivotal", concepts=TWO, class_word="", preservation_weight=1.0)
     prompts = preserved_prompts(method.settings, method, two)
     assert prompts == tuple(f"a photo of {word} number {i}" for i, word in enumerate(("dog", "dog", "dog", "cat")))
-
-
-def test_previews_show_each_concept_and_both(settings):
-    chosen = settings(concepts=TWO)
-    prompts = preview.prompts_of(chosen)
-    assert prompts[:3] == ["a photo of ROB", "ROB on a beach at sunset", "a painting of ROB"]
-    assert prompts[3:6] == ["a photo of TEA", "TEA on a beach at sunset", "a painting of TEA"]
-    assert prompts[6:] == ["a photo of ROB and TEA", "a photo of a dog"]
-    own = chosen.model_copy(update={"preview_prompts": ("{trigger} here", "TEA and ROB")})
-    assert preview.prompts_of(own) == ["ROB here", "TEA here", "TEA and ROB"]
-    exhibit = Exhibit.of(prompts, chosen, 2, True)
-    assert exhibit.pairs == (("a photo of ROB", "a photo of dog"), ("a photo of TEA", "a photo of cat"))
-    assert list(exhibit.rows(0)) == ["a photo of ROB", "a photo of dog", "a photo of TEA", "a photo of cat"]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_of_each_concept_something_is_left_to_train_on(seed, two, settings):
-    for holdout in (1, 2, 9):
-        parting = split(two, settings(concepts=TWO, holdout=holdout, seed=seed))
-        assert 3 not in parting.held_out and len(parting.held_out) == min(holdout, 2)
-    items = [item.model_copy(update={"concept": i % 2}) for i, item in enumerate(two.items)]
-    even = two.model_copy(update={"items": tuple(items)})
-    folds = split(even, settings(concepts=TWO, holdout=None, seed=seed)).folds
-    assert len(folds) == 2 and all({i % 2 for i in fold} == {0, 1} for fold in folds)
 
 
 def test_settings_go_through_recipes_and_back(tmp_path, settings):
@@ -366,6 +350,9 @@ def test_a_zip_of_folders_becomes_one_archive_of_both(folders, settings, tmp_pat
     assert {"comfyui/embeddings/ROB.safetensors", "comfyui/embeddings/TEA.safetensors"} <= set(names)
     assert "The trigger words are **ROB**, a robot, and **TEA**." in card and "a photo of <s0><s1> and <s2><s3>" in card
     page = result.report.read_text(encoding="utf-8")
+    assert set(result.summary.by_concept) == {"ROB", "TEA"}
+    (sentence,) = (one for one in result.summary.sentences() if one.startswith("Of that"))
+    assert "ROB " in sentence and "TEA " in sentence and sentence in page
     for told in ("<h1>ROB and TEA</h1>", "a ROB", "a TEA", "data/ROB robot", "50 %", "&lt;s2&gt;&lt;s3&gt;"):
         assert told in page, told
     assert len(result.samples) == 3

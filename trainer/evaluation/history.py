@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,13 @@ class History:
             if answers.step == step:
                 return answers
         raise KeyError(step)
+
+    def of(self, pictures: Collection[int]) -> History:
+        """The points of these pictures alone."""
+        kept = np.isin(self.pictures, list(pictures))
+        answers = (replace(one, losses=one.losses[kept], plain=one.plain[kept]) for one in self.answers)
+        times, owners = (tuple(np.array(values)[kept].tolist()) for values in (self.times, self.pictures))
+        return replace(self, base=self.base[kept], times=times, pictures=owners, answers=tuple(answers))
 
     @property
     def steps(self) -> list[int]:

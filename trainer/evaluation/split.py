@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from trainer.draws import generator
 FEWEST = 8  # of fewer pictures none can be spared: cross-validation
 # Of the pictures, those kept from training: few, since each one is missed (docs/evaluation.md); at least, at most.
 SHARE, LEAST, MOST = 0.1, 1, 16
+MOST_SEEN = 8  # training pictures that are asked about where none is held out
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Split:
 
     held_out: tuple[int, ...] = ()
     folds: tuple[tuple[int, ...], ...] = ()
+
+    def asked(self, dataset: PreparedDataset) -> tuple[int, ...]:
+        """What the job's own run is judged by: the pictures held out, or some of those that it is trained on."""
+        every = [[index] for index in range(len(dataset.items))]
+        return self.held_out or tuple(sorted(index for (index,) in _in_turn(every, dataset)[:MOST_SEEN]))
 
 
 def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
@@ -48,9 +56,20 @@ def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
 
 
 def _spared(groups: list[list[int]], dataset: PreparedDataset) -> list[list[int]]:
-    """The groups but the last one of each concept: one at least is left to train on."""
+    """The groups but the last one of each concept, for one at least is left to train on; the concepts in turn."""
     last = {dataset.items[i].concept: number for number, group in enumerate(groups) for i in group}
-    return [group for number, group in enumerate(groups) if number not in last.values()]
+    return _in_turn([group for number, group in enumerate(groups) if number not in last.values()], dataset)
+
+
+def _in_turn(groups: Sequence[list[int]], dataset: PreparedDataset) -> list[list[int]]:
+    """The first group of each concept, then the second of each, ...: as they are where there is one concept."""
+    met: Counter[int | None] = Counter()
+    turns = []
+    for group in groups:
+        concept = dataset.items[group[0]].concept
+        turns.append(met[concept])
+        met[concept] += 1
+    return [groups[place] for place in sorted(range(len(groups)), key=turns.__getitem__)]
 
 
 def _groups(dataset: PreparedDataset) -> list[list[int]]:

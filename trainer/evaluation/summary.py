@@ -58,6 +58,7 @@ class Summary(BaseModel):
     overfitted: bool
     base_loss: float
     curve: tuple[Evaluation, ...]
+    by_concept: dict[str, Measured] = {}  # of several concepts: the gain on the pictures of each, by trigger word
     near_copies: float | None = None  # share of the samples that look like a copy of a training picture
     diversity: float | None = None  # over seeds, as a share of the base model's
     seconds: float = 0.0  # that judging took
@@ -84,6 +85,7 @@ class Summary(BaseModel):
         told = [
             self._which(),
             self._gain(),
+            self._by_concept(),
             *self._figures(),
             self._turn(),
             self._trigger(),
@@ -116,6 +118,10 @@ class Summary(BaseModel):
         if gain.low <= 0:
             return f"{whose} are predicted about as well as by the base model: gain {gain.percent()}."
         return f"{whose} are predicted {gain.percent()} better than by the base model."
+
+    def _by_concept(self) -> str:
+        told = ", ".join(f"{name} {gain.percent()}" for name, gain in self.by_concept.items())
+        return f"Of that the pictures of each concept: {told}." if told else ""
 
     def _figures(self) -> list[str]:
         return [
