@@ -150,7 +150,7 @@ def test_of_lora_the_words_stay_words(trained, lab, tiny_model):
     generator = Generator(str(tiny_model), "cpu")
     before = drawn(generator, "ROB before a TEA")
     generator.use(folder)
-    assert generator._words([BOTH]) == [BOTH] and (drawn(generator, "ROB before a TEA") != before).any()
+    assert generator.words([BOTH]) == [BOTH] and (drawn(generator, "ROB before a TEA") != before).any()
 
 
 def test_the_reader_of_captions_looks_for_the_words_that_a_caption_holds(lab, create):
