@@ -238,14 +238,15 @@ def test_training_begins_from_such_weights_and_says_what_does_not_agree(
             start.agreed(other.model_copy(update={"init_adapter": str(folder)}), begun, lab.family)
 
 
-@pytest.mark.parametrize("kind", ["lokr", pytest.param("oft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@BOTH
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(kind, settings, train_on, dataset, tmp_path):
-    common = {"max_train_steps": 3, "checkpoint_every": 2} | KINDS[kind]
+    common = {"max_train_steps": 2, "checkpoint_every": 1} | KINDS[kind] | {"lora_targets": "attention"}
     whole = train_on(settings(output_dir=tmp_path / "whole", **common), dataset)
     halves = settings(output_dir=tmp_path / "halves", **common)
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "train" and done == 3:
+        if stage == "train" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -139,7 +139,7 @@ def test_gradients_are_clipped_to_the_norm(settings, train_on, dataset, monkeypa
     assert seen == pytest.approx([0.01] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 8.0])
+@pytest.mark.parametrize("ratio", [8.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_lora_plus_moves_the_matrices_b_at_a_rate_of_their_own(ratio, settings, train_on, dataset, tmp_path):
     """Adam's first step is as long as its rate for every number that has a gradient; A has none while B is zero."""
     common = {"method": "lora", "lr_warmup_steps": 0, "lr_schedule": "constant", "weight_decay": 0.0}

@@ -220,19 +220,20 @@ def test_a_switch_that_cannot_work_is_refused(said, settings):
         settings(**MISFITS[said])
 
 
-def test_the_training_goes_on_exactly_with_all_of_them(settings, train_on, dataset, tmp_path):
+def test_the_training_goes_on_exactly_with_all_of_them(settings, train_on, masked_dataset, tmp_path):
     """The noise belongs to (seed, step, position), so that a run that was stopped ends as one that was not."""
     switches = {
         "conditioning_noise": 0.1,
         "conditioning_norm_penalty": 0.1,
         "token_covariance_penalty": 0.1,
+        "token_attention_penalty": 0.1,
         "token_text_warmup": 3,
         "token_warmup": 0.3,
         "lora_plus_ratio": 4.0,
         "class_word": "dog",
     }
     common = {"max_train_steps": 4, "checkpoint_every": 2, "lr_warmup_steps": 1} | switches
-    whole = train_on(settings(output_dir=tmp_path / "whole", **common), dataset)
+    whole = train_on(settings(output_dir=tmp_path / "whole", **common), masked_dataset)
     halves, real, calls = settings(output_dir=tmp_path / "halves", **common), TrainStep.forward, []
 
     def stopped(self: TrainStep, batch: object) -> torch.Tensor:
@@ -243,7 +244,7 @@ def test_the_training_goes_on_exactly_with_all_of_them(settings, train_on, datas
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainStep, "forward", stopped)
-        train_on(halves, dataset)
-    resumed = train_on(halves.model_copy(update={"resume": True}), dataset)
+        train_on(halves, masked_dataset)
+    resumed = train_on(halves.model_copy(update={"resume": True}), masked_dataset)
     assert resumed.losses == whole.losses and len(whole.losses) == 4
     assert all(torch.equal(value, resumed.tensors[name]) for name, value in whole.tensors.items())

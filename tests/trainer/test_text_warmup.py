@@ -46,6 +46,7 @@ def test_captions_with_the_trigger_come_to_mean_what_they_do_with_the_class_word
     assert meaning_distance(read(setup), wanted).mean().item() == pytest.approx(after, rel=1e-3)
 
 
+@pytest.mark.parametrize("tiny_model", ["sd", pytest.param("xl", marks=pytest.mark.slow)], indirect=True)
 def test_it_depends_on_the_seed_alone_and_brings_seeds_together(bench):
     rows, texts = {}, {}
     for key in ((0, 1), (0, 2), (1, 1)):
