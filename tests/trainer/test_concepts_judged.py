@@ -37,6 +37,10 @@ def test_of_each_concept_something_is_left_to_train_on(seed, dataset, settings):
     folds = split(even, settings(concepts=TWO, holdout=None, seed=seed)).folds
     assert len(folds) == 2 and all({i % 2 for i in fold} == {0, 1} for fold in folds)
     assert {i % 2 for i in split(even, settings(concepts=TWO, holdout=2, seed=seed)).held_out} == {0, 1}
+    ten = even.model_copy(
+        update={"items": tuple(items[i % 4].model_copy(update={"source": str(i)}) for i in range(10))}
+    )
+    assert {i % 2 for i in split(ten, settings(concepts=TWO, holdout=None, seed=seed)).held_out} == {0, 1}
     many = even.model_copy(update={"items": tuple(one for one in items if one.concept == 0) * 5 + tuple(items[1::2])})
     asked = Split().asked(many)
     assert len(asked) == 8 and set(asked) >= {10, 11}  # the second concept's are the last of all

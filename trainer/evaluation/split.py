@@ -15,7 +15,8 @@ from trainer.config import JobSettings
 from trainer.draws import generator
 
 FEWEST = 8  # of fewer pictures none can be spared: cross-validation
-# Of the pictures, those kept from training: few, since each one is missed (docs/evaluation.md); at least, at most.
+# Of the pictures, those kept from training: few, since each one is missed (docs/evaluation.md); at least, which is of
+# each concept, and at most.
 SHARE, LEAST, MOST = 0.1, 1, 16
 MOST_SEEN = 8  # training pictures that are asked about where none is held out
 
@@ -51,7 +52,8 @@ def split(dataset: PreparedDataset, settings: JobSettings) -> Split:
         return Split(folds=folds) if count > 1 else Split()
     wanted = settings.holdout
     if wanted is None:
-        wanted = min(MOST, max(LEAST, round(SHARE * len(groups))))
+        concepts = {item.concept for item in dataset.items}
+        wanted = min(MOST, max(LEAST * len(concepts), round(SHARE * len(groups))))
     return Split(held_out=tuple(sorted(i for group in _spared(shuffled, dataset)[:wanted] for i in group)))
 
 
