@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "average of weights": {"ema_decay": 0.99},
     "LoRA+ 16": {"lora_plus_ratio": 16.0, "learning_rate": 0.001},
     "LoKr": {"adapter_type": "lokr"},
-    "OFT": {"adapter_type": "oft"},
+    "OFT, attention": {"adapter_type": "oft", "lora_targets": "attention"},
     "covariance 0.01": {"token_covariance_penalty": 0.01},
     "conditioning norm 0.1": {"conditioning_norm_penalty": 0.1, "class_word": "sticker"},
     "conditioning noise 0.1": {"conditioning_noise": 0.1},
