@@ -197,8 +197,9 @@ def _extracted(
 def _write_formats(settings: ExportSettings, family: Family, weights: Weights) -> list[str]:
     from trainer import formats
     from trainer.devices import DTYPES
+    from trainer.methods import METHODS
 
-    if not (weights.tensors or weights.rows):
+    if not (weights.tensors or weights.rows) or not METHODS[weights.manifest.method].in_stock_pipelines:
         raise UserError(
             f"weights of method {weights.manifest.method} have no form in other programs: predict.py draws with them, "
             "and init_adapter trains on from them."

@@ -59,7 +59,8 @@ def write(
     adapters for, nor for a method whose adapters they would let act elsewhere; of LoKr and OFT only the tokens, but for
     what `Family.ui_adapters` names. Raises as `Family.export_comfyui` does.
     """
-    if not family.ui_files or METHODS[manifest.method].draws_from_conditions:
+    method = METHODS[manifest.method]
+    if not family.ui_files or method.draws_from_conditions or not method.in_stock_pipelines:
         return
     if artifact.adapter_type(manifest.nets) not in family.ui_adapters:
         tensors = {}

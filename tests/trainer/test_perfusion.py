@@ -10,6 +10,7 @@ from torch import nn
 from preprocessing.errors import UserError
 from trainer import methods
 from trainer.config import JobSettings
+from trainer.export import ExportSettings, export
 from trainer.methods.perfusion import DIRECTION
 from trainer.methods.rank_one import BIAS, REMEMBERED, TEMPERATURE, Concept, RankOne, inverse_covariance
 
@@ -126,3 +127,11 @@ def test_a_model_without_cross_attention_refuses_it(lab, job_settings, tiny_mode
     method = methods.create(JobSettings.model_validate(job_settings.model_dump() | own))
     with pytest.raises(UserError, match="cross-attention of a UNet"):
         method.attach(lab.family)
+
+
+@SD_ONLY
+def test_other_programs_get_nothing_of_it_not_even_its_tokens(random_weights, tmp_path):
+    folder = random_weights("edits", 1, method="perfusion", class_word="dog")
+    assert not (folder / "comfyui").exists() and (folder / "embeddings.safetensors").is_file()
+    with pytest.raises(UserError, match="no form in other programs"):
+        export(ExportSettings(weights=str(folder), out=tmp_path / "exported"))
