@@ -166,11 +166,16 @@ class Zipped:
     def weights(self) -> Weights:
         """The subject's archive with the zipped LoRA in place of its own."""
         style = self.pair[STYLE].manifest
-        for net, layers in self.layers.items():
-            for name, parts in layers.items():
-                found = self.shares[f"{net}.{name}"](parts[DOWN].to(self.parameters[0].device))
-                parts[DOWN] = found.detach().cpu()
-        whole = with_layers(self.pair[SUBJECT], self.layers)
+        device = self.parameters[0].device
+        with torch.no_grad():
+            found = {
+                net: {
+                    name: parts | {DOWN: self.shares[f"{net}.{name}"](parts[DOWN].to(device)).cpu()}
+                    for name, parts in layers.items()
+                }
+                for net, layers in self.layers.items()
+            }
+        whole = with_layers(self.pair[SUBJECT], found)
         told = f"Zipped with a style's weights, whose trigger word is {style.trigger_word}."
         return Weights(whole.manifest.model_copy(update={"chosen": told, "scores": {}}), whole.tensors, whole.rows)
 

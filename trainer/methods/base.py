@@ -210,6 +210,11 @@ def weights_factor(schedule: Schedule, progress: float, warmup: float) -> float:
     return 1.0
 
 
+def scheduled(settings: JobSettings, progress: float) -> float:
+    """`weights_factor` as the settings have it, over the whole run."""
+    return weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
+
+
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters of a module by name, as fp32 copies on the CPU."""
     named = module.named_parameters()

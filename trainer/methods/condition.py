@@ -27,7 +27,7 @@ from trainer.condition_tasks import Task, blackened, task
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
-from trainer.methods.base import Method, ParameterGroup, Shown, weights_factor
+from trainer.methods.base import Method, ParameterGroup, Shown, scheduled
 from trainer.methods.lora import UP, WEIGHTS, lora_groups, weights_group
 from trainer.samples import Batch, Conditioning, Picture
 
@@ -120,9 +120,7 @@ class Condition(Method):
         return settings.condition_resolution / settings.resolution
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings = self.settings
-        warmup = settings.lr_warmup_steps / settings.max_train_steps
-        return dict.fromkeys((WEIGHTS, WEIGHTS + UP), weights_factor(settings.lr_schedule, progress, warmup))
+        return dict.fromkeys((WEIGHTS, WEIGHTS + UP), scheduled(self.settings, progress))
 
     def picture(self, picture: Picture) -> Picture:
         if all(type(one).target is Task.target for one in self.tasks):

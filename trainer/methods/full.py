@@ -15,7 +15,7 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Drawable, Family, Net
 from trainer.methods.adapters import adapted_nets, check_fit
-from trainer.methods.base import Method, ParameterGroup, trained_state, weights_factor
+from trainer.methods.base import Method, ParameterGroup, scheduled, trained_state
 from trainer.methods.lora import TEXT_WEIGHTS, WEIGHTS, weights_group
 
 
@@ -55,9 +55,7 @@ class Full(Method):
         return [weights_group(self.settings, name, group) for name, group in found.items() if group]
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings = self.settings
-        factor = weights_factor(settings.lr_schedule, progress, settings.lr_warmup_steps / settings.max_train_steps)
-        return {WEIGHTS: factor, TEXT_WEIGHTS: factor}
+        return dict.fromkeys((WEIGHTS, TEXT_WEIGHTS), scheduled(self.settings, progress))
 
     @contextmanager
     def disabled(self, family: Family) -> Iterator[None]:

@@ -20,7 +20,8 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.draws import generator
 from trainer.families.base import DENOISER, Drawable, Family
-from trainer.methods.base import Method, ParameterGroup, weights_factor
+from trainer.methods import adapters
+from trainer.methods.base import Method, ParameterGroup, scheduled
 from trainer.methods.rank_one import Concept, RankOne, inverse_covariance
 from trainer.methods.textual_inversion import TextualInversion
 from trainer.samples import Batch
@@ -87,17 +88,11 @@ class Perfusion(Method):
     def _concept_in(self, family: Drawable, captions: list[str]) -> Tensor:
         """What the last of the new tokens is encoded to in each caption that has it: [N, D]."""
         words = self.words(captions)
-        tokenizer = family.text[0].tokenizer
-        last = tokenizer.convert_tokens_to_ids(self.tokens()[-1])
-        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        rows, places = (ids == last).nonzero(as_tuple=True)
-        return family.encode_text(words)[CONTEXT][rows.to(family.device), places.to(family.device)]
+        _, last = family.attended(words, self.tokens()[-1:])
+        return family.encode_text(words)[CONTEXT][last]
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings = self.settings
-        warmup = settings.lr_warmup_steps / settings.max_train_steps
-        values = weights_factor(settings.lr_schedule, progress, warmup)
-        return self._tokens.schedule(progress) | {VALUES: values}
+        return self._tokens.schedule(progress) | {VALUES: scheduled(self.settings, progress)}
 
     def penalty(self) -> Tensor | float:
         return self._tokens.penalty()
@@ -140,11 +135,9 @@ class Perfusion(Method):
         layers = self._layers(family)
         stored, _ = artifact.load_tensors(folder / artifact.ADAPTER)
         width = next(iter(layers.values())).in_features
-        shapes = {f"{self._net}.{name}.{OUTPUT}": (layer.out_features,) for name, layer in layers.items()}
-        shapes |= {f"{self._net}.{name}": (width,) for name in (DIRECTION, KEY)}
-        odd = sorted(k for k in shapes | stored if k not in stored or tuple(stored[k].shape) != shapes.get(k))
-        if odd:
-            raise UserError(f"The weights do not fit the base model (at {odd[0]}): use the base they were made on.")
+        sizes = {f"{self._net}.{name}.{OUTPUT}": layer.out_features for name, layer in layers.items()}
+        sizes |= {f"{self._net}.{name}": width for name in (DIRECTION, KEY)}
+        adapters.check_fit(self._net, stored, {name: torch.empty(size) for name, size in sizes.items()})
         concept = Concept(stored[f"{self._net}.{DIRECTION}"], key=stored[f"{self._net}.{KEY}"])
         outputs = {name: stored[f"{self._net}.{name}.{OUTPUT}"] for name in layers}
         self._put_in(family, concept, outputs, trained=False)

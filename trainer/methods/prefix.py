@@ -18,7 +18,7 @@ from trainer import artifact
 from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import Drawable, Family, TextTower
-from trainer.methods.base import Method, ParameterGroup, weights_factor
+from trainer.methods.base import Method, ParameterGroup, scheduled
 from trainer.methods.soft_prefix import SoftPrefix, initial_rows
 
 PREFIX = "prefix"
@@ -58,9 +58,7 @@ class Prefix(Method):
         return [ParameterGroup(PREFIX, parameters, settings.optimizer, settings.learning_rate)]
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings = self.settings
-        warmup = settings.lr_warmup_steps / settings.max_train_steps
-        return {PREFIX: weights_factor(settings.lr_schedule, progress, warmup)}
+        return {PREFIX: scheduled(self.settings, progress)}
 
     def figures(self) -> dict[str, float]:
         """The vectors' mean length, and how far they have come from where they began."""
