@@ -169,7 +169,8 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
     """Train from scratch, or from the last saved state, to the last step; write the pipeline's folder."""
     device = next(learner.parameters()).device
     rate = {"lr": args.learning_rate, "betas": (0.9, 0.99), "weight_decay": 1e-2}
-    optimiser = torch.optim.AdamW(learner.parameters(), **rate, fused=True)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, **rate, fused=True)
     average = EMAModel(learner.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True)
     parts = {"learner": learner, "optimiser": optimiser, "average": average}
     run = training.Run(args.work / f"{learner.name}.pt", parts)

@@ -1,4 +1,4 @@
-"""The world in 32x32 pixels, for the autoregressive model."""
+"""The world in 32x32 pixels and fewer, for the autoregressive model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIDE = 32
 ACCENTS = 0.1  # share of two-coloured objects; there are no drawings, which are noise at this size
 
 
-def small(scene: Scene) -> Image.Image:
-    """The scene's picture, RGB, SIDE x SIDE."""
+def small(scene: Scene, side: int = SIDE) -> Image.Image:
+    """The scene's picture, RGB, `side` x `side` pixels, each the mean of what it covers."""
     picture = render(scene)
-    return picture.reduce(picture.width // SIDE)
+    return picture.reduce(picture.width // side)
 
 
 def scenes_of(seed: int, count: int) -> list[Scene]:

@@ -4,6 +4,8 @@
 
 All three are trained jointly from scratch by flow matching (Lipman et al. 2022, arXiv:2210.02747). The folder written
 is a stock FluxPipeline without the guidance embedding: guidance is by a second call without text (`true_cfg_scale`).
+`--text_from toybox/flux` begins with that folder's trained text encoders and leaves them as they are, and with what
+lies between them and the transformer's blocks.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from toybox import diffusion, training
+from toybox.neighbours import look_at_neighbours
 
 T5_TOKENS = 32
 T5_WIDTH, CLIP_WIDTH = 192, 128
 PRINTABLE = [chr(code) for code in range(33, 127)]
 RARE = -20.0  # log probability of a lone letter
+EMBEDDERS = ("x_embedder", "context_embedder", "time_text_embed")
 
 
 def build_t5_tokenizer(captions: list[str]) -> T5Tokenizer:
@@ -75,6 +79,7 @@ def build_transformer() -> FluxTransformer2DModel:
     last += [norm.linear for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     for layer in [*last, *(block.norm.linear for block in transformer.single_transformer_blocks)]:
         nn.init.zeros_(layer.weight)
+    look_at_neighbours(transformer)
     return transformer
 
 
@@ -97,6 +102,15 @@ class FluxLearner(diffusion.Learner):
         self.text_encoder_2 = build_t5(self.tokenizer_2)
         self.transformer = build_transformer()
         self.denoise = self.transformer.forward
+
+    def read_as(self, folder: Path) -> None:
+        """Take a pipeline's text encoders, for good, and its transformer's embedders, to begin with."""
+        pipe = FluxPipeline.from_pretrained(folder, vae=None, torch_dtype=torch.float32)
+        for own, other in ((self.text_encoder, pipe.text_encoder), (self.text_encoder_2, pipe.text_encoder_2)):
+            own.load_state_dict(other.state_dict())
+            own.requires_grad_(False)
+        for name in EMBEDDERS:
+            getattr(self.transformer, name).load_state_dict(getattr(pipe.transformer, name).state_dict())
 
     def forward(self, latents: Tensor, captions: list[str]) -> Tensor:
         """The flow-matching errors of shifted and scaled latents: both [B, 4, 16, 16]."""
@@ -145,13 +159,17 @@ def compile_for(learner: FluxLearner, device: torch.device) -> None:
 
 
 def main() -> None:
-    args = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24).parse_args()
+    parser = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24)
+    parser.add_argument("--text_from", type=Path, help="folder of a FLUX whose text encoders are taken and kept")
+    args = parser.parse_args()
     device = training.start(args)
     world = diffusion.World.load(args, device)
     captions = world.captions(args.seed + 1)
     tokenizers = diffusion.build_clip_tokenizer(captions), build_t5_tokenizer(captions)
     means = world.posteriors[:, :4].float()
     learner = FluxLearner(tokenizers, shift=means.mean().item(), scale=1 / means.std().item())
+    if args.text_from:
+        learner.read_as(args.text_from)
     compile_for(learner.to(device), device)
     diffusion.train(learner, world, args)
 

@@ -3,13 +3,16 @@
     python -m toybox.train_pixel_ar --out toybox/pixel_ar --work /tmp/pixel_ar
 
 The model, its loss and its tokenizer are those of trainer.families.pixel_ar; the folder written is a base model that
-train.py and predict.py take. `--no_text` and `--no_prior` are for the ablation in its card.
+train.py and predict.py take. Smaller pictures come first: of 8x8 pixels the words tell a sixteenth of what there is to
+know, of 32x32 one part in two hundred, and a step takes as many pixels of either. `--no_text` and `--no_prior` are for
+the ablation in its card.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +33,31 @@ from trainer.families.pixel_ar.sampling import Sampling, draw
 from trainer.families.pixel_ar.text import token_ids, vocabulary_tokenizer
 
 CAPTION_DROPOUT = 0.1
-EASY_SHARE = 0.4  # of the steps at first, on plain backgrounds and one-coloured objects: most of what can be known of
-# those is in the words, while elsewhere stripes, dots and edges drown it
 MAX_TOKENS = 32
 HELD_OUT, HELD_OUT_SEED = 256, 60_001
 GUIDANCE = 2.0
 PREVIEWED = [prompt for prompt in PREVIEW_PROMPTS if "sticker" not in prompt]
 
 
-def pictures_of(scenes: list[Scene], cache: Path) -> torch.Tensor:
-    """uint8 [N, 3, SIDE, SIDE]; drawn once, then read from `cache`."""
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the training, in pictures of one size."""
+
+    side: int  # pixels
+    ends: float  # share of the steps that lie before its end
+
+    def batch(self, largest: int) -> int:
+        """Pictures a step: as many pixels as `largest` pictures of SIDE have."""
+        return largest * (SIDE // self.side) ** 2
+
+
+STAGES = (Stage(8, 0.2), Stage(16, 0.5), Stage(SIDE, 1.0))
+
+
+def pictures_of(scenes: list[Scene], side: int, cache: Path) -> torch.Tensor:
+    """uint8 [N, 3, side, side]; drawn once, then read from `cache`."""
     if not cache.exists():
-        torch.save(training.to_tensor([small(scene) for scene in scenes]), cache)
+        torch.save(training.to_tensor([small(scene, side) for scene in scenes]), cache)
     return torch.load(cache, weights_only=True)
 
 
@@ -64,7 +80,7 @@ def build(args: argparse.Namespace, vocabulary: int) -> PixelAR:
 def held_out_bits(model: PixelAR, tokenizer: Any, work: Path, blank: bool) -> float:
     """Bits a dimension of pictures that were never trained on, each with its plain caption, or all with none."""
     scenes = scenes_of(HELD_OUT_SEED, HELD_OUT)
-    pictures = pictures_of(scenes, work / "held_out.pt")
+    pictures = pictures_of(scenes, SIDE, work / "held_out.pt")
     ids = token_ids(tokenizer, ["" if blank else caption(scene) for scene in scenes], MAX_TOKENS)
     model.eval()
     batches = (slice(i, i + 16) for i in range(0, HELD_OUT, 16))
@@ -74,7 +90,7 @@ def held_out_bits(model: PixelAR, tokenizer: Any, work: Path, blank: bool) -> fl
 
 
 def step_nats(model: PixelAR, pictures: torch.Tensor, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Nats of each value: [B, 3, SIDE, SIDE]."""
+    """Nats of each value: [B, 3, side, side]."""
     # the plain attention: on a CPU the fused one's backward pass is twice as slow at this size
     with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         return model.nats(pictures.to(device), ids.to(device))
@@ -92,7 +108,10 @@ def main() -> None:
     args = parser.parse_args()
     device = training.start(args)
     scenes = scenes_of(args.seed, args.pictures)
-    pictures = pictures_of(scenes, args.work / f"pictures_{args.pictures}_{args.seed}.pt")
+    pictures = {
+        stage: pictures_of(scenes, stage.side, args.work / f"pictures_{args.pictures}_{args.seed}_{stage.side}.pt")
+        for stage in STAGES
+    }
     wording = random.Random(args.seed + 1)
     tokenizer = vocabulary_tokenizer([caption(scene, wording) for scene in scenes], 1000)
     model = build(args, len(tokenizer)).to(device)
@@ -101,14 +120,13 @@ def main() -> None:
     run = training.Run(args.work / "pixel_ar.pt", {"model": model, "optimiser": optimiser, "average": average})
     run.resume()
     average.to(device)
-    easy = [i for i, scene in enumerate(scenes) if scene.background.pattern == "plain" and scene.accent is None]
     losses = []
     while run.step < args.steps:
-        pool = easy if run.step < EASY_SHARE * args.steps else list(range(len(scenes)))
-        index = [pool[i] for i in torch.randint(len(pool), (args.batch,))]
+        stage = next(stage for stage in STAGES if run.step < stage.ends * args.steps)
+        index = torch.randint(len(scenes), (stage.batch(args.batch),))
         wording.seed(args.seed * 1_000_003 + run.step)
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(scenes[i], wording) for i in index]
-        nats = step_nats(model, pictures[index], token_ids(tokenizer, captions, MAX_TOKENS), device)
+        nats = step_nats(model, pictures[stage][index], token_ids(tokenizer, captions, MAX_TOKENS), device)
         loss = nats.mean()
         training.descend(optimiser, loss, args.learning_rate * training.cosine(run.step, args.steps, warmup=200))
         average.step(model.parameters())
