@@ -29,7 +29,7 @@ OMNIGEN2 = "small omnigen2"
 MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
 METHODS = ("pivotal", "lora", "prefix")
 OMNIGEN2_METHODS = ("lora", "prefix", "lora, checkpointed", "prefix, checkpointed")
-SCORES = ("subject", "background", "position")
+SCORES = ("subject", "likeness", "background", "position")
 FEW = 12  # steps where costs alone are asked for
 
 
@@ -160,9 +160,9 @@ def scores(archive: Path, sprite: Path) -> dict[str, float]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown."""
     lines = [
-        "| base model | method | trained parameters | stored | step (CPU) | memory | gain | subject | background "
-        "| position | drift |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| base model | method | trained parameters | stored | step (CPU) | memory | gain | subject | likeness "
+        "| background | position | drift |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, one in results.items():
         model, method = key.split("|")[:2]
@@ -173,7 +173,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             found = one["scores"]
             cells += [f"{100 * one['gain']:.1f} %", *(f"{found[name]:.2f}" for name in SCORES), f"{found['drift']:.3f}"]
         else:
-            cells += [""] * 5
+            cells += [""] * (2 + len(SCORES))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -104,30 +104,31 @@ class AdapterPictures:
 
 
 def judge_subjects(finder: Finder, task: AdapterTask, pictures: Pictures) -> dict[str, float]:
-    """How often (0..1) the sprite is found, and the background and position are those asked for."""
+    """How often (0..1) the sprite is found, and the background and position are those asked for.
+
+    likeness: how well the sprite fits where it fits best, on average; at most 1, and finder.MIN_LIKENESS finds it.
+    """
     rows = []
     for picture, pasted in zip(pictures, task.subjects, strict=True):
         pixels = pixels_of(picture)
         ground = fit_ground(pixels)
         find = finder.find(picture, ground)
         centre = (find.place.x, find.place.y) if find.found else object_centre(pixels, ground)
-        wanted = (pasted.background.pattern, pasted.background.colour)
+        asked = (pasted.background.pattern, pasted.background.colour)
+        as_asked = ground.known and (ground.pattern, ground.colour) == asked
         position = nearest_position(centre) if centre else None
-        rows.append(
-            (find.found, ground.known and (ground.pattern, ground.colour) == wanted, position == pasted.position)
-        )
-    means = np.mean(rows, axis=0)
-    return {
-        name: round(float(mean), 4) for name, mean in zip(("subject", "background", "position"), means, strict=True)
-    }
+        rows.append((find.found, as_asked, position == pasted.position, find.likeness))
+    means = np.mean(np.array(rows, dtype=float), axis=0)
+    names = ("subject", "background", "position", "likeness")
+    return {name: round(float(mean), 4) for name, mean in zip(names, means, strict=True)}
 
 
 def judge_adapter(sprite: Image.Image, task: AdapterTask, pictures: AdapterPictures) -> dict[str, object]:
     """The adapter's scores, shares in 0..1.
 
-    subject, background, position: how often the sprite is found and the prompt obeyed. drift: mean absolute
-    difference of unrelated pictures from the base model's; drift_attributes: how much less often their attributes are
-    right than the base model's; bleed: how often the sprite is found in them.
+    subject, background, position: how often the sprite is found and the prompt obeyed; likeness: how well it is drawn,
+    found or not. drift: mean absolute difference of unrelated pictures from the base model's; drift_attributes: how
+    much less often their attributes are right than the base model's; bleed: how often the sprite is found in them.
     """
     finder = Finder(sprite)
     before, after = shares(pictures.before, task.unrelated), shares(pictures.after, task.unrelated)

@@ -82,6 +82,7 @@ def test_a_perfect_adapter(task):
     pictures = AdapterPictures([picture_of(sprite, p) for p in wanted.subjects], unrelated, unrelated)
     result = judge_adapter(sprite, wanted, pictures)
     assert (result["subject"], result["background"], result["position"]) == (1, 1, 1)
+    assert 0.95 < result["likeness"] <= 1
     assert (result["drift"], result["bleed"], result["pictures"]) == (0, 0, 12)
     assert set(result["drift_attributes"].values()) == {0}
     json.dumps(result)
@@ -101,6 +102,7 @@ def test_an_adapter_that_learned_another_subject_or_ignores_the_prompt(task):
     strangers = [picture_of(random_drawing(rng), p) for p in wanted.subjects]
     result = judge_adapter(sprite, wanted, AdapterPictures(strangers, unrelated, unrelated))
     assert result["subject"] == 0 and result["background"] > 0.9 and result["position"] > 0.9
+    assert result["likeness"] < 0.6
     moved = [picture_of(sprite, p) for p in wanted.subjects[1:] + wanted.subjects[:1]]
     result = judge_adapter(sprite, wanted, AdapterPictures(moved, unrelated, unrelated))
     assert result["subject"] == 1 and result["background"] == 0 and result["position"] == 0
