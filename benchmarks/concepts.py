@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.prefix import scores
+from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_apart, trained_numbers
 from benchmarks.step import machine
 from trainer import commandline
 from trainer.evaluation.bootstrap import Interval, interval
 
-ROOT = Path(__file__).resolve().parent.parent
 SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
 DEFAULT = "default"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -79,7 +76,7 @@ Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
     """One run, in this process."""
     from toybox import concept
-    from trainer import artifact, job
+    from trainer import job
     from trainer.config import JobSettings
 
     with tempfile.TemporaryDirectory(prefix="concepts-") as name:
@@ -90,11 +87,10 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
         fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
         fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
         result = job.train(JobSettings(**fixed | VARIANTS[variant]))
-        files = (folder / "out" / "weights" / "last").glob("*.safetensors")
-        found = scores(result.archive, sprite)
-        return {name: found[name] for name in ("subject", "background", "position", "drift", "bleed")} | {
+        found = adapter_scores(result.archive, sprite)
+        return {name: found[name] for name in ("subject", "likeness", "background", "position", "drift", "bleed")} | {
             "seconds": result.stage_seconds["train"],
-            "parameters": sum(value.numel() for path in files for value in artifact.load_tensors(path)[0].values()),
+            "parameters": trained_numbers(folder / "out"),
             "machine": machine(),
         }
 
@@ -173,16 +169,6 @@ def plot(runs: Runs, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def run_apart(key: str, sprite: Path) -> dict[str, Any]:
-    """Measure one run in a process of its own, on one thread."""
-    with tempfile.TemporaryDirectory(prefix="concepts-") as folder:
-        single = Path(folder) / "one.json"
-        command = [sys.executable, "-m", "benchmarks.concepts", "--out", single, "--one", key]
-        command += ["--sprite", sprite]
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return json.loads(single.read_text(encoding="utf-8"))
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,12 +188,12 @@ def main(argv: list[str]) -> None:
         variant, sprite, seed = args.one.split("/")
         args.out.write_text(json.dumps(measure(variant, sprites[sprite], int(seed))), encoding="utf-8")
         return
-    runs: Runs = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    runs: Runs = read_kept(args.out)
     # seed by seed, so that a benchmark that is stopped has compared everything a little
     wanted = [f"{v}/{sprite}/{seed}" for seed in range(args.seeds) for sprite in sprites for v in args.variant]
     for key in (key for key in wanted if key not in runs):
-        runs[key] = run_apart(key, sprites[key.split("/")[1]])
-        args.out.write_text(json.dumps(runs, indent=1), encoding="utf-8")
+        runs[key] = run_apart("benchmarks.concepts", ["--one", key, "--sprite", sprites[key.split("/")[1]]])
+        keep(args.out, runs)
         print(f"{len(runs)} runs: {key} subject {runs[key]['subject']:.2f}", file=sys.stderr, flush=True)
     print(table(runs))
     if args.plot:

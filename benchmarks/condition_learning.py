@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import keep, read_kept
 from trainer import commandline
 
 PICTURES = 240
@@ -96,11 +96,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS), help="ways of training (default all)")
     parser.add_argument("--pictures", type=int, default=48, help="how many are judged (default 48)")
     args = parser.parse_args(argv)
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    results = read_kept(args.out)
     for name in args.run:
         if name not in results:
             results[name] = train(args.base_model, name, args.out.parent, args.pictures)
-            args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            keep(args.out, results)
             print(table(results), flush=True)
     print(table(results))
 

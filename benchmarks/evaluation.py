@@ -8,7 +8,6 @@ the best in hindsight. A result that `--out` holds already is not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import keep, read_kept
 from preprocessing.errors import UserError
 from trainer import commandline
 
@@ -109,14 +109,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sprite", type=Path, nargs="+", default=sorted(SPRITES.glob("*.png")), help="RGBA drawings")
     parser.add_argument("--run", nargs="+", choices=RUNS, default=["default"], help="ways of training")
     args = parser.parse_args(argv)
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    results = read_kept(args.out)
     for sprite in args.sprite:
         for name in args.run:
             key = f"{sprite.stem}/{name}"
             if key not in results:
                 with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
                     results[key] = train(sprite, name, Path(folder))
-                args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+                keep(args.out, results)
     print(table(results))
 
 

@@ -8,7 +8,6 @@ each of STEPS draw: how often the subject is found, and the prompt's background 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from benchmarks.concepts import DEFAULT, SPRITES, VARIANTS
 from benchmarks.evaluation import SCORED, scores
+from benchmarks.runs import keep, read_kept
 from trainer import commandline
 
 STEPS = (10, 25, 50, 100)
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT], metavar="VARIANT")
     parser.add_argument("--sprite", type=Path, default=SPRITES[0], help="an RGBA drawing (default: the robot)")
     args = parser.parse_args(argv)
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    results = read_kept(args.out)
     for variant in (name for name in args.variant if name not in results):
         results[variant] = measure(variant, args.sprite)
-        args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        keep(args.out, results)
     print(table(results))
 
 

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_apart, trained_numbers, weight_files
 from benchmarks.step import MIB, Clock, machine
 from trainer import commandline
 
-ROOT = Path(__file__).resolve().parent.parent
 SPRITE = ROOT / "toybox" / "sprites" / "robot.png"
 OMNIGEN2 = "small omnigen2"
 MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
@@ -126,7 +125,7 @@ def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str,
 
 def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
     """One job, in this process."""
-    from trainer import artifact, job
+    from trainer import job
     from trainer.config import JobSettings
 
     watch = Watch()
@@ -134,11 +133,9 @@ def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
         folder = Path(name)
         settings = job.fill(JobSettings(**settings_of(model, method, folder, costs)))
         result = job.train(settings, progress=watch)
-        weights = folder / "out" / "weights" / "last"
-        files = [path for path in weights.glob("*.safetensors") if path.is_file()]
         measured = {
-            "parameters": sum(value.numel() for path in files for value in artifact.load_tensors(path)[0].values()),
-            "stored_bytes": sum(path.stat().st_size for path in files),
+            "parameters": trained_numbers(folder / "out"),
+            "stored_bytes": sum(path.stat().st_size for path in weight_files(folder / "out")),
             "seconds_per_step": watch.step_seconds(),
             "memory_mib": None if watch.most is None else watch.most - watch.before,
             "gain": result.summary.curve[-1].gain.mean,
@@ -147,14 +144,19 @@ def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
             "learning_rate": settings.learning_rate,
             "machine": machine(),
         }
-        return measured | ({} if costs else {"scores": scores(result.archive, SPRITE)})
+        return measured | ({} if costs else {"scores": adapter_scores(result.archive, SPRITE)})
 
 
-def scores(archive: Path, sprite: Path) -> dict[str, float]:
-    """How often the oracle finds the subject, the background and the position, and the drift."""
-    command = [sys.executable, "-m", "toybox.score", "adapter", "--weights", archive, "--sprite", sprite]
-    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def untrained_scores(model: str) -> dict[str, float]:
+    """What the base model draws for prompts of the subject."""
+    from toybox.finder import Finder
+    from toybox.score import MIN_ADAPTER_PICTURES, AdapterTask, drawing_with, judge_subjects
+    from toybox.sprite import load_sprite
+    from trainer.generate import Generator
+
+    sprite = load_sprite(SPRITE)
+    task = AdapterTask.of(sprite, MIN_ADAPTER_PICTURES)
+    return judge_subjects(Finder(sprite), task, drawing_with(Generator(model))(task.subject_prompts("TOK")))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -164,17 +166,21 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "| background | position | drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    forms: dict[str, Callable[[Any], str]] = {
+        "parameters": "{:,}".format,
+        "stored_bytes": lambda size: f"{size / 1000:,.0f} kB",
+        "seconds_per_step": "{:.2f} s".format,
+        "memory_mib": "{:.0f} MiB".format,
+        "gain": lambda share: f"{100 * share:.1f} %",
+        **dict.fromkeys(SCORES, "{:.2f}".format),
+        "drift": "{:.3f}".format,
+    }
     for key, one in results.items():
-        model, method = key.split("|")[:2]
-        memory = "" if one["memory_mib"] is None else f"{one['memory_mib']:.0f} MiB"
-        cells = [model, method, f"{one['parameters']:,}", f"{one['stored_bytes'] / 1000:,.0f} kB"]
-        cells += [f"{one['seconds_per_step']:.2f} s", memory]
-        if "scores" in one:
-            found = one["scores"]
-            cells += [f"{100 * one['gain']:.1f} %", *(f"{found[name]:.2f}" for name in SCORES), f"{found['drift']:.3f}"]
-        else:
-            cells += [""] * (2 + len(SCORES))
-        lines.append(f"| {' | '.join(cells)} |")
+        told = one | one.get("scores", {})
+        if "scores" not in one:
+            told["gain"] = None  # of a few steps it says nothing
+        cells = ["" if told.get(name) is None else form(told[name]) for name, form in forms.items()]
+        lines.append(f"| {' | '.join([*key.split('|')[:2], *cells])} |")
     return "\n".join(lines)
 
 
@@ -190,19 +196,16 @@ def main(argv: list[str]) -> None:
         costs = args.costs or args.one[0] == OMNIGEN2
         args.out.write_text(json.dumps(measure(*args.one, costs)), encoding="utf-8")
         return
-    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    results = read_kept(args.out)
     for model in args.model:
+        if model != OMNIGEN2 and not args.costs and f"{model}|nothing" not in results:
+            results[f"{model}|nothing"] = {"scores": untrained_scores(model)}
         for method in OMNIGEN2_METHODS if model == OMNIGEN2 else METHODS:
             key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "")
             if key in results:
                 continue
-            with tempfile.TemporaryDirectory(prefix="prefix-") as folder:
-                single = Path(folder) / "one.json"
-                command = [sys.executable, "-m", "benchmarks.prefix", "--out", single, "--one", model, method]
-                command += ["--costs"] * args.costs
-                subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-                results[key] = json.loads(single.read_text(encoding="utf-8"))
-            args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            results[key] = run_apart("benchmarks.prefix", ["--one", model, method, *["--costs"] * args.costs])
+            keep(args.out, results)
     print(table(results))
 
 

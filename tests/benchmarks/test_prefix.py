@@ -34,8 +34,13 @@ def test_memory_is_counted_from_the_first_step_on() -> None:
 
 def test_the_table_has_scores_where_there_are_some() -> None:
     one = {"parameters": 1920, "stored_bytes": 7872, "seconds_per_step": 0.5, "memory_mib": 100.4, "gain": 0.13}
-    scored = one | {"scores": {"subject": 0.5, "background": 1.0, "position": 0.25, "drift": 0.0051}}
+    scored = one | {"scores": {"subject": 0.5, "likeness": 0.625, "background": 1.0, "position": 0.25, "drift": 0.0051}}
     results = {"toybox/sd|prefix": scored, "toybox/sd|lora|costs": one | {"memory_mib": None}}
+    results["toybox/sd|nothing"] = {"scores": {"subject": 0.0, "likeness": 0.1, "background": 1.0, "position": 0.9}}
     lines = prefix.table(results).splitlines()
-    assert lines[2] == "| toybox/sd | prefix | 1,920 | 8 kB | 0.50 s | 100 MiB | 13.0 % | 0.50 | 1.00 | 0.25 | 0.005 |"
-    assert lines[3].startswith("| toybox/sd | lora | 1,920 | 8 kB | 0.50 s |  |") and lines[0].count("|") == 12
+    assert (
+        lines[2]
+        == "| toybox/sd | prefix | 1,920 | 8 kB | 0.50 s | 100 MiB | 13.0 % | 0.50 | 0.62 | 1.00 | 0.25 | 0.005 |"
+    )
+    assert lines[3].startswith("| toybox/sd | lora | 1,920 | 8 kB | 0.50 s |  |") and lines[0].count("|") == 13
+    assert lines[4] == "| toybox/sd | nothing |  |  |  |  |  | 0.00 | 0.10 | 1.00 | 0.90 |  |"

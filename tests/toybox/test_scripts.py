@@ -10,6 +10,7 @@ SCRIPTS = [
     f"{folder}.{path.stem}"
     for folder, pattern in (("toybox", "train_*.py"), ("benchmarks", "*.py"))
     for path in sorted((ROOT / folder).glob(pattern))
+    if "__main__" in path.read_text(encoding="utf-8")
 ]
 
 
