@@ -2,7 +2,8 @@
 
 For each way in RUNS the real job trains method condition on drawn scenes, a bounded number of steps, and the toybox's
 judges say how far the pictures obey a condition that was not trained on, beside the base model without the adapter.
-A result that `--out` holds already is not made again; the drawn archives are left beside it.
+Told too are the tokens that a step computes of a picture, and the median seconds of a step. `--costs` stops after a few
+steps and judges nothing. A result that `--out` holds already is not made again; the drawn archives are left beside it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import keep, read_kept
+from benchmarks.step import Clock
 from trainer import commandline
 
 PICTURES = 240
 SCENES_SEED = 60_001
+FEW = 12  # steps where costs alone are asked for
 RUNS: dict[str, dict[str, Any]] = {
     "canny": {"condition_tasks": ["canny"]},
     "fill": {"condition_tasks": ["fill"]},
@@ -56,35 +59,57 @@ def write_scenes(path: Path) -> None:
     write_archive(path, members)
 
 
+def tokens(base_model: str, chosen: dict[str, Any]) -> int:
+    """The tokens of text, picture and condition that a step computes of one picture."""
+    from trainer.generate import Generator
+
+    generator = Generator(base_model)
+    side = generator.geometry.resolution // generator.family.pixels_per_token
+    shown = chosen.get("condition_resolution", generator.geometry.resolution) // generator.family.pixels_per_token
+    of_condition = 0 if chosen.get("token_integration") else shown**2  # else known ones are the condition alone
+    return generator.family.encode_text([""])["context"].shape[1] + side**2 + of_condition
+
+
 def train(base_model: str, name: str, kept: Path, pictures: int) -> dict[str, Any]:
-    """Train one way and judge it."""
+    """Train one way and judge it by that many pictures; with 0 stop after a few steps."""
     from toybox.condition_score import score_condition
     from trainer import job
     from trainer.config import JobSettings
     from trainer.generate import Generator
 
+    few = {} if pictures else {"max_train_steps": FEW}
+
     with tempfile.TemporaryDirectory(prefix="condition-") as folder:
         archive = Path(folder) / "scenes.zip"
         write_scenes(archive)
         places = {"base_model": base_model, "input_images": archive, "output_dir": Path(folder) / "out"}
-        result = job.train(JobSettings(**FIXED | RUNS[name] | places))
+        clock = Clock()
+        result = job.train(JobSettings(**FIXED | RUNS[name] | few | places), progress=clock)
         weights = kept / f"{name.replace(', ', '_').replace(' ', '_')}.tar"
         weights.write_bytes(result.archive.read_bytes())
-    return {
-        "steps": FIXED["max_train_steps"],
+    measured = {
+        "steps": (FIXED | few)["max_train_steps"],
         "seconds": result.stage_seconds,
-        "scores": score_condition(Generator(base_model), weights, pictures),
+        "tokens": tokens(base_model, RUNS[name]),
+        "step_seconds": clock.step_seconds(),
     }
+    return measured | ({"scores": score_condition(Generator(base_model), weights, pictures)} if pictures else {})
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown, the base model's own row first."""
-    columns = list(next(iter(results.values()))["scores"]["with"])
-    lines = [f"| trained | {' | '.join(columns)} | seconds |", "|---" * (len(columns) + 2) + "|"]
-    rows = [("nothing", next(iter(results.values()))["scores"]["without"], "")]
-    rows += [(name, one["scores"]["with"], f"{one['seconds']['train']:.0f}") for name, one in results.items()]
-    for name, row, seconds in rows:
-        lines.append(f"| {name} | {' | '.join(f'{100 * row[c]:.1f} %' for c in columns)} | {seconds} |")
+    judged = [one["scores"] for one in results.values() if "scores" in one]
+    columns = list(judged[0]["with"]) if judged else []
+    lines = [
+        f"| {' | '.join(['trained', 'steps', 'tokens', 'seconds a step', *columns])} |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    rows = [("nothing", {"scores": {"with": judged[0]["without"]}})] if judged else []
+    for name, one in [*rows, *results.items()]:
+        cells = [str(one.get("steps", "")), str(one.get("tokens", ""))]
+        cells.append(f"{one['step_seconds']:.2f}" if "step_seconds" in one else "")
+        cells += [f"{100 * one['scores']['with'][column]:.1f} %" if "scores" in one else "" for column in columns]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -95,11 +120,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base_model", default="toybox/flux", help="as in train.py (default toybox/flux)")
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS), help="ways of training (default all)")
     parser.add_argument("--pictures", type=int, default=48, help="how many are judged (default 48)")
+    parser.add_argument("--costs", action="store_true", help=f"{FEW} steps each, and nothing is judged")
     args = parser.parse_args(argv)
     results = read_kept(args.out)
     for name in args.run:
-        if name not in results:
-            results[name] = train(args.base_model, name, args.out.parent, args.pictures)
+        key = f"{name} (costs)" if args.costs else name
+        if key not in results:
+            results[key] = train(args.base_model, name, args.out.parent, 0 if args.costs else args.pictures)
             keep(args.out, results)
             print(table(results), flush=True)
     print(table(results))
