@@ -23,10 +23,11 @@ from trainer import commandline
 PICTURES = 240
 SCENES_SEED = 60_001
 FEW = 12  # steps where costs alone are asked for
+FILL: dict[str, Any] = {"condition_tasks": ["fill"], "caption_dropout": 1.0}  # what is known is to tell, not the words
 RUNS: dict[str, dict[str, Any]] = {
     "canny": {"condition_tasks": ["canny"]},
-    "fill": {"condition_tasks": ["fill"]},
-    "fill, tokens integrated": {"condition_tasks": ["fill"], "token_integration": True},
+    "fill": FILL,
+    "fill, tokens integrated": FILL | {"token_integration": True},
     "canny, keys and values stored": {"condition_tasks": ["canny"], "independent_condition": True},
     "canny, compact": {"condition_tasks": ["canny"], "condition_resolution": 32},
 }
@@ -38,7 +39,7 @@ FIXED: dict[str, Any] = {
     "learning_rate": 2e-3,
     "train_batch_size": 8,
     "max_train_steps": 500,
-    "caption_dropout": 1.0,  # the condition alone is to tell
+    "caption_dropout": 0.1,
     "image_dropout": 0.05,
     "preview_prompts": ["a red star"],
     "holdout": 0,
@@ -47,15 +48,17 @@ FIXED: dict[str, Any] = {
 
 
 def write_scenes(path: Path) -> None:
-    """The archive that is trained on: scenes of the drawn world, without captions."""
+    """The archive that is trained on: scenes of the drawn world with their captions."""
+    from toybox.captions import caption
     from toybox.concept import write_archive
     from toybox.world import random_scene, render
 
     rng, members = random.Random(SCENES_SEED), {}
     for index in range(PICTURES):
         encoded = io.BytesIO()
-        render(random_scene(rng)).save(encoded, "PNG")
-        members[f"{index:03}.png"] = encoded.getvalue()
+        scene = random_scene(rng)
+        render(scene).save(encoded, "PNG")
+        members |= {f"{index:03}.png": encoded.getvalue(), f"{index:03}.txt": caption(scene).encode()}
     write_archive(path, members)
 
 
@@ -93,23 +96,26 @@ def train(base_model: str, name: str, kept: Path, pictures: int) -> dict[str, An
         "tokens": tokens(base_model, RUNS[name]),
         "step_seconds": clock.step_seconds(),
     }
-    return measured | ({"scores": score_condition(Generator(base_model), weights, pictures)} if pictures else {})
+    if pictures:
+        told = (FIXED | RUNS[name])["caption_dropout"] < 1
+        measured["scores"] = score_condition(Generator(base_model), weights, pictures, told)
+    return measured
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results in Markdown, the base model's own row first."""
-    judged = [one["scores"] for one in results.values() if "scores" in one]
-    columns = list(judged[0]["with"]) if judged else []
+    """The results in Markdown, before each what the base model draws for the same prompts."""
+    columns = next((list(one["scores"]["with"]) for one in results.values() if "scores" in one), [])
     lines = [
         f"| {' | '.join(['trained', 'steps', 'tokens', 'seconds a step', *columns])} |",
         "|---" * (len(columns) + 4) + "|",
     ]
-    rows = [("nothing", {"scores": {"with": judged[0]["without"]}})] if judged else []
-    for name, one in [*rows, *results.items()]:
-        cells = [str(one.get("steps", "")), str(one.get("tokens", ""))]
-        cells.append(f"{one['step_seconds']:.2f}" if "step_seconds" in one else "")
-        cells += [f"{100 * one['scores']['with'][column]:.1f} %" if "scores" in one else "" for column in columns]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+    for name, one in results.items():
+        scores = one.get("scores", {"with": {}})
+        cells = [str(one["steps"]), str(one["tokens"]), f"{one['step_seconds']:.2f}"]
+        rows = {f"nothing, for {name}": ([""] * 3, scores.get("without")), name: (cells, scores["with"])}
+        for row, (costs, found) in ((row, told) for row, told in rows.items() if told[1] is not None):
+            shown = [f"{100 * found[column]:.1f} %" if found else "" for column in columns]
+            lines.append(f"| {' | '.join([row, *costs, *shown])} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from toybox.captions import caption
 from toybox.prompts import base_scenes, picture_seeds
 from toybox.score import Pictures, Table, shares
 from toybox.world import SIZE, render
@@ -47,15 +48,17 @@ def right_half() -> Image.Image:
     return hole
 
 
-def score_condition(generator: Generator, weights: Path, count: int) -> Table:
-    """Rows "without" and "with" the weights, nothing in the prompt: how often (0..1) each attribute is that of the
-    scene whose picture is the condition, how far its edges are obeyed and its left half is kept (0..1).
+def score_condition(generator: Generator, weights: Path, count: int, told: bool = False) -> Table:
+    """Rows "without" and "with" the weights: how often (0..1) each attribute is that of the scene whose picture is the
+    condition, how far its edges are obeyed and its left half is kept (0..1). The prompt is empty or, if `told`, the
+    scene's caption, as for conditions that leave something open.
     """
     from trainer.condition_tasks import task
     from trainer.drawing import DrawSettings
 
-    wanted, seeds, hole = [render(scene) for scene in base_scenes(count)], picture_seeds(count), right_half()
-    before = generator.draw_prompts([""] * count, seeds, DrawSettings(prompt=""))
+    scenes, seeds, hole = base_scenes(count), picture_seeds(count), right_half()
+    wanted, prompts = [render(scene) for scene in scenes], [caption(scene) if told else "" for scene in scenes]
+    before = generator.draw_prompts(prompts, seeds, DrawSettings(prompt=""))
     generator.use(weights)
     tasks = [task(name) for name in generator.manifests[0].settings["condition_tasks"]]
     after: Pictures = []
@@ -63,11 +66,11 @@ def score_condition(generator: Generator, weights: Path, count: int) -> Table:
         path, mask = Path(folder) / "scene.png", Path(folder) / "mask.png"
         hole.save(mask)
         filled = mask if any(one.has_holes for one in tasks) else None
-        for picture, seed in zip(wanted, seeds, strict=True):
+        for picture, prompt, seed in zip(wanted, prompts, seeds, strict=True):
             picture.save(path)
             # what the weights draw, and not what is put back afterwards
             chosen = DrawSettings(prompt="", condition=(path,) * len(tasks), mask=filled, keep_known=False)
-            after += generator.draw_prompts([""], [seed], chosen)
+            after += generator.draw_prompts([prompt], [seed], chosen)
     return {name: _row(drawn, wanted, hole) for name, drawn in (("without", before), ("with", after))}
 
 

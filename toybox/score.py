@@ -173,7 +173,7 @@ def run_condition(args: argparse.Namespace) -> None:
 
     with opened(args.weights) as folder:
         base_model = args.base_model or read_manifest(folder).base_model
-    table = score_condition(Generator(base_model, args.device), args.weights, args.pictures)
+    table = score_condition(Generator(base_model, args.device), args.weights, args.pictures, args.told)
     if args.json:
         print(json.dumps(table))
     else:
@@ -255,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     condition.add_argument("--weights", type=Path, required=True, help="trained_model.tar or an unpacked folder")
     condition.add_argument("--base_model", help="default: the one the weights were trained on")
     condition.add_argument("--pictures", type=_positive, default=48, help="how many (default 48)")
+    condition.add_argument("--told", action="store_true", help="prompts are the scenes' captions (default: empty)")
     condition.add_argument("--device", help="cpu, cuda, ... (default: the best there is)")
     condition.add_argument("--json", action="store_true", help="print JSON and no table")
     condition.set_defaults(run=run_condition)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image, ImageChops
 
+from toybox.captions import caption
 from toybox.condition_score import edges_obeyed, known_kept, right_half, score_condition
 from toybox.prompts import base_scenes
 from toybox.world import render
@@ -33,9 +34,10 @@ def test_what_is_known_is_compared_outside_the_hole_alone():
     assert known_kept(Image.composite(FIRST, black, hole), BLANK, hole) == 0
 
 
-def test_a_condition_is_scored_by_what_it_alone_can_tell():
+@pytest.mark.parametrize("told", [False, True])
+def test_a_condition_is_scored_by_what_it_alone_can_tell_or_beside_its_caption(told: bool):
     """A generator that copies its condition is right in everything, and one that draws one scene always is not."""
-    seen = []
+    seen, wording = [], {caption(scene) if told else "" for scene in base_scenes(8)}
 
     class Copies:
         manifests = ()
@@ -44,7 +46,7 @@ def test_a_condition_is_scored_by_what_it_alone_can_tell():
             self.manifests = [SimpleNamespace(settings={"condition_tasks": ["fill"]})]
 
         def draw_prompts(self, prompts, seeds, settings):
-            assert set(prompts) == {""}
+            assert wording.issuperset(prompts)
             if settings.condition is None:
                 return [render(base_scenes(8)[0]) for _ in prompts]
             assert not settings.keep_known
@@ -52,6 +54,6 @@ def test_a_condition_is_scored_by_what_it_alone_can_tell():
             with Image.open(settings.condition[0]) as picture:
                 return [picture.convert("RGB")]
 
-    table = score_condition(Copies(), Path("unused.tar"), 8)
+    table = score_condition(Copies(), Path("unused.tar"), 8, told)
     assert min(table["with"].values()) == 1 and max(table["without"].values()) < 1
     assert seen == [(0, 255)] * 8
