@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_apart, trained_numbers
+from benchmarks.runs import ROOT, adapter_scores, run_missing, trained_numbers
 from benchmarks.step import machine
 from trainer import commandline
 from trainer.evaluation.bootstrap import Interval, interval
@@ -176,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     result.add_argument("--sprite", type=Path, nargs="+", default=SPRITES, help="RGBA drawings (default: the four)")
     result.add_argument("--seeds", type=int, default=3, help="runs with seeds 0, 1, ... (default 3)")
+    result.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; a GPU has room for several)")
     result.add_argument("--plot", type=Path, help="SVG or PNG to draw")
     result.add_argument("--one", metavar="VARIANT/SPRITE/SEED", help="measure this run in this process only")
     return result
@@ -188,13 +189,10 @@ def main(argv: list[str]) -> None:
         variant, sprite, seed = args.one.split("/")
         args.out.write_text(json.dumps(measure(variant, sprites[sprite], int(seed))), encoding="utf-8")
         return
-    runs: Runs = read_kept(args.out)
     # seed by seed, so that a benchmark that is stopped has compared everything a little
     wanted = [f"{v}/{sprite}/{seed}" for seed in range(args.seeds) for sprite in sprites for v in args.variant]
-    for key in (key for key in wanted if key not in runs):
-        runs[key] = run_apart("benchmarks.concepts", ["--one", key, "--sprite", sprites[key.split("/")[1]]])
-        keep(args.out, runs)
-        print(f"{len(runs)} runs: {key} subject {runs[key]['subject']:.2f}", file=sys.stderr, flush=True)
+    options = {key: ["--one", key, "--sprite", sprites[key.split("/")[1]]] for key in wanted}
+    runs: Runs = run_missing(args.out, "benchmarks.concepts", options, args.jobs)
     print(table(runs))
     if args.plot:
         plot(runs, args.plot)

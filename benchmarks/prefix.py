@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_apart, trained_numbers, weight_files
+from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_missing, trained_numbers, weight_files
 from benchmarks.step import MIB, Clock, machine
 from trainer import commandline
 
@@ -196,16 +196,17 @@ def main(argv: list[str]) -> None:
         costs = args.costs or args.one[0] == OMNIGEN2
         args.out.write_text(json.dumps(measure(*args.one, costs)), encoding="utf-8")
         return
-    results = read_kept(args.out)
+    kept = read_kept(args.out)
+    for model in (model for model in args.model if model != OMNIGEN2 and not args.costs):
+        if f"{model}|nothing" not in kept:
+            kept[f"{model}|nothing"] = {"scores": untrained_scores(model)}
+            keep(args.out, kept)
+    options: dict[str, list[str | Path]] = {}
     for model in args.model:
-        if model != OMNIGEN2 and not args.costs and f"{model}|nothing" not in results:
-            results[f"{model}|nothing"] = {"scores": untrained_scores(model)}
         for method in OMNIGEN2_METHODS if model == OMNIGEN2 else METHODS:
             key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "")
-            if key in results:
-                continue
-            results[key] = run_apart("benchmarks.prefix", ["--one", model, method, *["--costs"] * args.costs])
-            keep(args.out, results)
+            options[key] = ["--one", model, method, *["--costs"] * args.costs]
+    results = run_missing(args.out, "benchmarks.prefix", options, jobs=1)
     print(table(results))
 
 

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +38,31 @@ def run_apart(module: str, options: list[str | Path]) -> Any:
         command = [sys.executable, "-m", module, "--out", single, *options]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return json.loads(single.read_text(encoding="utf-8"))
+
+
+def run_missing(path: Path, module: str, options: dict[str, list[str | Path]], jobs: int) -> dict[str, Any]:
+    """All runs that the JSON file holds, after those that `options` name and it lacks: `jobs` at a time, each kept as
+    soon as it is there. Where one fails, those that have begun are still kept, and CalledProcessError is raised.
+    """
+    runs = read_kept(path)
+    missing = {key: given for key, given in options.items() if key not in runs}
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(run_apart, module, given): key for key, given in missing.items()}
+        failed: list[BaseException] = []
+        bar = tqdm(as_completed(waiting), total=len(waiting), desc="runs", file=sys.stderr)
+        for done in bar:
+            if done.cancelled():
+                continue
+            if error := done.exception():
+                failed.append(error)
+                pool.shutdown(wait=False, cancel_futures=True)
+                continue
+            runs[waiting[done]] = done.result()
+            keep(path, runs)
+            bar.set_postfix_str(waiting[done])
+    if failed:
+        raise failed[0]
+    return runs
 
 
 def weight_files(output: Path) -> list[Path]:
