@@ -3,9 +3,9 @@
     python -m toybox.train_pixel_ar --out toybox/pixel_ar --work /tmp/pixel_ar
 
 The model, its loss and its tokenizer are those of trainer.families.pixel_ar; the folder written is a base model that
-train.py and predict.py take. Smaller pictures come first: of 8x8 pixels the words tell a sixteenth of what there is to
-know, of 32x32 one part in two hundred, and a step takes as many pixels of either. `--no_text` and `--no_prior` are for
-the ablation in its card.
+train.py and predict.py take. Smaller pictures come first: the words tell as much of a picture of 8x8 pixels as of one
+of 32x32, where sixteen times as many pixels, most of them like those beside them, drown it; a step takes as many pixels
+of either. `--no_text` and `--no_prior` are for the ablation in its card.
 """
 
 from __future__ import annotations
