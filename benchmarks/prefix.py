@@ -1,10 +1,11 @@
 """LoRA against prompt training, measured: `python -m benchmarks.prefix --out results.json [--model toybox/sd ...]`
 
-For each base model and method the real job trains on the demo pictures, in a process of its own, on one thread. Told
-are what is trained and stored, the processor's seconds of a step (which others on the machine hardly change), the most
-memory that training took beyond what was there before its first step, and of the toybox's models how the weights draw.
-The small OmniGen2 has random weights, in about the published proportion of language model to denoiser: of it there is
-nothing to draw. A result that `--out` holds is kept. `--costs` stops after a few steps and leaves the drawing out.
+For each base model and method the real job trains on twelve pictures of a sprite, in a process of its own, on one
+thread. Told are what is trained and stored, the processor's seconds of a step (which others on the machine hardly
+change), the most memory that training took beyond what was there before its first step, and of the toybox's models how
+the weights draw. The small OmniGen2 has random weights, in about the published proportion of language model to
+denoiser: of it there is nothing to draw. A result that `--out` holds is kept. `--costs` stops after a few steps and
+leaves the drawing out.
 """
 
 from __future__ import annotations
@@ -110,9 +111,9 @@ def save_small_omnigen2(folder: Path) -> None:
 
 
 def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str, Any]:
-    """The job's settings; the small OmniGen2 is made for it."""
+    """The job's settings, but for its pictures; the small OmniGen2 is made for it."""
     name, _, checkpointed = method.partition(", ")
-    chosen = {"input_images": ROOT / "recipes" / "demo.zip", "output_dir": folder / "out", "base_model": model}
+    chosen = {"input_images": folder / "data.zip", "output_dir": folder / "out", "base_model": model}
     chosen |= {"method": name, "holdout": 0, "evaluate_every": 10**6, "report_to": "none", "workers": 0}
     drawn = {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
     if model != OMNIGEN2:
@@ -123,14 +124,16 @@ def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str,
     return chosen | few | drawn | {"base_model": str(folder / "model"), "gradient_checkpointing": bool(checkpointed)}
 
 
-def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
+def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any]:
     """One job, in this process."""
+    from toybox import concept
     from trainer import job
     from trainer.config import JobSettings
 
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="prefix-") as name:
         folder = Path(name)
+        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip")])
         settings = job.fill(JobSettings(**settings_of(model, method, folder, costs)))
         result = job.train(settings, progress=watch)
         measured = {
@@ -144,17 +147,17 @@ def measure(model: str, method: str, costs: bool) -> dict[str, Any]:
             "learning_rate": settings.learning_rate,
             "machine": machine(),
         }
-        return measured | ({} if costs else {"scores": adapter_scores(result.archive, SPRITE)})
+        return measured | ({} if costs else {"scores": adapter_scores(result.archive, sprite)})
 
 
-def untrained_scores(model: str) -> dict[str, float]:
+def untrained_scores(model: str, path: Path) -> dict[str, float]:
     """What the base model draws for prompts of the subject."""
     from toybox.finder import Finder
     from toybox.score import MIN_ADAPTER_PICTURES, AdapterTask, drawing_with, judge_subjects
     from toybox.sprite import load_sprite
     from trainer.generate import Generator
 
-    sprite = load_sprite(SPRITE)
+    sprite = load_sprite(path)
     task = AdapterTask.of(sprite, MIN_ADAPTER_PICTURES)
     return judge_subjects(Finder(sprite), task, drawing_with(Generator(model))(task.subject_prompts("TOK")))
 
@@ -180,7 +183,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if "scores" not in one:
             told["gain"] = None  # of a few steps it says nothing
         cells = ["" if told.get(name) is None else form(told[name]) for name, form in forms.items()]
-        lines.append(f"| {' | '.join([*key.split('|')[:2], *cells])} |")
+        model, *method = key.split("|")
+        lines.append(f"| {' | '.join([model, ', '.join(method), *cells])} |")
     return "\n".join(lines)
 
 
@@ -189,23 +193,25 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON that results are kept in")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["toybox/sd", OMNIGEN2])
+    parser.add_argument("--sprite", type=Path, default=SPRITE, help="an RGBA drawing (default: the robot)")
     parser.add_argument("--costs", action="store_true", help="few steps, and nothing is drawn and scored")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help="measure this in this process only")
     args = parser.parse_args(argv)
     if args.one:
         costs = args.costs or args.one[0] == OMNIGEN2
-        args.out.write_text(json.dumps(measure(*args.one, costs)), encoding="utf-8")
+        args.out.write_text(json.dumps(measure(*args.one, costs, args.sprite)), encoding="utf-8")
         return
-    kept = read_kept(args.out)
+    kept, of_sprite = read_kept(args.out), "" if args.sprite == SPRITE else f"|{args.sprite.stem}"
     for model in (model for model in args.model if model != OMNIGEN2 and not args.costs):
-        if f"{model}|nothing" not in kept:
-            kept[f"{model}|nothing"] = {"scores": untrained_scores(model)}
+        if f"{model}|nothing{of_sprite}" not in kept:
+            kept[f"{model}|nothing{of_sprite}"] = {"scores": untrained_scores(model, args.sprite)}
             keep(args.out, kept)
     options: dict[str, list[str | Path]] = {}
+    few = ["--costs"] if args.costs else []
     for model in args.model:
         for method in OMNIGEN2_METHODS if model == OMNIGEN2 else METHODS:
             key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "")
-            options[key] = ["--one", model, method, *["--costs"] * args.costs]
+            options[key + of_sprite] = ["--one", model, method, "--sprite", args.sprite.resolve(), *few]
     results = run_missing(args.out, "benchmarks.prefix", options, jobs=1)
     print(table(results))
 

@@ -1,11 +1,19 @@
-"""Draw the demo sprites: `python -m toybox.draw_sprites --out toybox/sprites`."""
+"""Draw the demo sprites: `python -m toybox.draw_sprites --out toybox/sprites`.
+
+`--shape moon --colour yellow` draws that alone, as the world draws it: a subject that the base models need not learn to
+draw, for methods that can only ask for what a model can do.
+"""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+from toybox.palette import COLOURS
+from toybox.shapes import SHAPES, shape_mask
 
 SIDE = 128
 DETAIL = 4  # drawn this much larger, then reduced, so that edges are smooth
@@ -108,13 +116,25 @@ def snail() -> Image.Image:
 SPRITES = (robot, teapot, rocket, snail)
 
 
+def known(shape: str, colour: str) -> Image.Image:
+    """One of the world's own shapes in one of its colours."""
+    picture = Image.new("RGBA", (SIDE, SIDE), (*COLOURS[colour], 255))
+    picture.putalpha(shape_mask(shape, SIDE, (SIDE / 2, SIDE / 2), SIDE / 2 - 4))
+    return picture
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sprites", help="folder for the PNG files")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    for draw in SPRITES:
-        draw().save(out / f"{draw.__name__}.png")
+    parser.add_argument("--shape", choices=SHAPES, help="of the world, in place of the demo sprites")
+    parser.add_argument("--colour", choices=COLOURS, default="yellow", help="of the shape (default yellow)")
+    args = parser.parse_args()
+    sprites = {draw.__name__: draw for draw in SPRITES}
+    if args.shape:
+        sprites = {f"{args.colour}_{args.shape}": partial(known, args.shape, args.colour)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in sprites.items():
+        draw().save(args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -42,5 +42,5 @@ def test_the_table_has_scores_where_there_are_some() -> None:
         lines[2]
         == "| toybox/sd | prefix | 1,920 | 8 kB | 0.50 s | 100 MiB | 13.0 % | 0.50 | 0.62 | 1.00 | 0.25 | 0.005 |"
     )
-    assert lines[3].startswith("| toybox/sd | lora | 1,920 | 8 kB | 0.50 s |  |") and lines[0].count("|") == 13
+    assert lines[3].startswith("| toybox/sd | lora, costs | 1,920 | 8 kB | 0.50 s |  |") and lines[0].count("|") == 13
     assert lines[4] == "| toybox/sd | nothing |  |  |  |  |  | 0.00 | 0.10 | 1.00 | 0.90 |  |"

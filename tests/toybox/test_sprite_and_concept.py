@@ -13,12 +13,14 @@ from PIL import Image, ImageChops, ImageDraw
 
 from preprocessing.errors import UserError
 from toybox import concept
-from toybox.draw_sprites import SIDE
+from toybox.draw_sprites import SIDE, known
 from toybox.draw_sprites import SPRITES as DRAWN
+from toybox.finder import Finder
 from toybox.palette import COLOURS
+from toybox.prompts import base_scenes
 from toybox.score import SPRITES
 from toybox.sprite import MIN_COLOURS, combinations, for_training, load_sprite, visible_colours
-from toybox.world import CENTRES, OVERSAMPLE, PATTERNS, RADII, SIZE, draw_background
+from toybox.world import CENTRES, OVERSAMPLE, PATTERNS, RADII, SIZE, draw_background, render
 
 ROBOT = SPRITES / "robot.png"
 
@@ -215,3 +217,11 @@ def test_masks_lie_where_the_sprite_is(tmp_path):
     changed = np.abs(np.asarray(picture, int) - np.asarray(bare, int)).max(axis=2) > 0
     covered = np.asarray(mask) > 0
     assert (changed <= covered).all() and changed.sum() > 0.9 * covered.sum()
+
+
+def test_a_known_sprite_is_what_the_world_draws():
+    finder = Finder(known("moon", "yellow"))
+    moons = [scene for scene in base_scenes(200) if scene.shape == "moon"]
+    assert any(scene.colour == "yellow" for scene in moons) and any(scene.colour != "yellow" for scene in moons)
+    for scene in moons:
+        assert finder.find(render(scene)).found == (scene.colour == "yellow")
