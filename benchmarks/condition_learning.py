@@ -14,15 +14,17 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.runs import keep, read_kept
+from benchmarks.runs import FEW, keep, read_kept
 from benchmarks.step import Clock
 from trainer import commandline
 
+if TYPE_CHECKING:
+    from trainer.generate import Generator
+
 PICTURES = 240
 SCENES_SEED = 60_001
-FEW = 12  # steps where costs alone are asked for
 FILL: dict[str, Any] = {"condition_tasks": ["fill"], "caption_dropout": 1.0}  # what is known is to tell, not the words
 RUNS: dict[str, dict[str, Any]] = {
     "canny": {"condition_tasks": ["canny"]},
@@ -62,11 +64,8 @@ def write_scenes(path: Path) -> None:
     write_archive(path, members)
 
 
-def tokens(base_model: str, chosen: dict[str, Any]) -> int:
+def tokens(generator: Generator, chosen: dict[str, Any]) -> int:
     """The tokens of text, picture and condition that a step computes of one picture."""
-    from trainer.generate import Generator
-
-    generator = Generator(base_model)
     side = generator.geometry.resolution // generator.family.pixels_per_token
     shown = chosen.get("condition_resolution", generator.geometry.resolution) // generator.family.pixels_per_token
     of_condition = 0 if chosen.get("token_integration") else shown**2  # else known ones are the condition alone
@@ -80,25 +79,24 @@ def train(base_model: str, name: str, kept: Path, pictures: int) -> dict[str, An
     from trainer.config import JobSettings
     from trainer.generate import Generator
 
-    few = {} if pictures else {"max_train_steps": FEW}
-
+    chosen = FIXED | RUNS[name] | ({} if pictures else {"max_train_steps": FEW})
     with tempfile.TemporaryDirectory(prefix="condition-") as folder:
         archive = Path(folder) / "scenes.zip"
         write_scenes(archive)
         places = {"base_model": base_model, "input_images": archive, "output_dir": Path(folder) / "out"}
         clock = Clock()
-        result = job.train(JobSettings(**FIXED | RUNS[name] | few | places), progress=clock)
+        result = job.train(JobSettings(**chosen | places), progress=clock)
         weights = kept / f"{name.replace(', ', '_').replace(' ', '_')}.tar"
         weights.write_bytes(result.archive.read_bytes())
+    generator = Generator(base_model)
     measured = {
-        "steps": (FIXED | few)["max_train_steps"],
+        "steps": chosen["max_train_steps"],
         "seconds": result.stage_seconds,
-        "tokens": tokens(base_model, RUNS[name]),
+        "tokens": tokens(generator, chosen),
         "step_seconds": clock.step_seconds(),
     }
     if pictures:
-        told = (FIXED | RUNS[name])["caption_dropout"] < 1
-        measured["scores"] = score_condition(Generator(base_model), weights, pictures, told)
+        measured["scores"] = score_condition(generator, weights, pictures, told=chosen["caption_dropout"] < 1)
     return measured
 
 
@@ -110,12 +108,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---" * (len(columns) + 4) + "|",
     ]
     for name, one in results.items():
-        scores = one.get("scores", {"with": {}})
-        cells = [str(one["steps"]), str(one["tokens"]), f"{one['step_seconds']:.2f}"]
-        rows = {f"nothing, for {name}": ([""] * 3, scores.get("without")), name: (cells, scores["with"])}
-        for row, (costs, found) in ((row, told) for row, told in rows.items() if told[1] is not None):
-            shown = [f"{100 * found[column]:.1f} %" if found else "" for column in columns]
-            lines.append(f"| {' | '.join([row, *costs, *shown])} |")
+        after = [""] * len(columns)
+        if "scores" in one:
+            before, after = ([f"{100 * one['scores'][row][c]:.1f} %" for c in columns] for row in ("without", "with"))
+            lines.append(f"| {' | '.join([f'nothing, for {name}', '', '', '', *before])} |")
+        cells = [name, str(one["steps"]), str(one["tokens"]), f"{one['step_seconds']:.2f}"]
+        lines.append(f"| {' | '.join([*cells, *after])} |")
     return "\n".join(lines)
 
 

@@ -15,11 +15,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import keep, read_kept
+from benchmarks.runs import ROOT, keep, read_kept
 from preprocessing.errors import UserError
 from trainer import commandline
 
-ROOT = Path(__file__).resolve().parent.parent
 SPRITES = ROOT / "toybox" / "sprites"
 SCORED = ("subject", "background", "position")
 RUNS: dict[str, dict[str, Any]] = {

@@ -20,17 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import ROOT, adapter_scores, keep, read_kept, run_missing, trained_numbers, weight_files
+from benchmarks.runs import FEW, ROOT, adapter_scores, run_missing, trained_numbers, weight_files
 from benchmarks.step import MIB, Clock, machine
 from trainer import commandline
 
 SPRITE = ROOT / "toybox" / "sprites" / "robot.png"
 OMNIGEN2 = "small omnigen2"
 MODELS = ("toybox/sd", "toybox/flux", OMNIGEN2)
+NOTHING = "nothing"  # no method: what the base model draws
 METHODS = ("pivotal", "lora", "prefix")
 OMNIGEN2_METHODS = ("lora", "prefix", "lora, checkpointed", "prefix, checkpointed")
 SCORES = ("subject", "likeness", "background", "position")
-FEW = 12  # steps where costs alone are asked for
 
 
 class Watch(Clock):
@@ -126,6 +126,8 @@ def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str,
 
 def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any]:
     """One job, in this process."""
+    if method == NOTHING:
+        return {"scores": untrained_scores(model, sprite)}
     from toybox import concept
     from trainer import job
     from trainer.config import JobSettings
@@ -201,17 +203,14 @@ def main(argv: list[str]) -> None:
         costs = args.costs or args.one[0] == OMNIGEN2
         args.out.write_text(json.dumps(measure(*args.one, costs, args.sprite)), encoding="utf-8")
         return
-    kept, of_sprite = read_kept(args.out), "" if args.sprite == SPRITE else f"|{args.sprite.stem}"
-    for model in (model for model in args.model if model != OMNIGEN2 and not args.costs):
-        if f"{model}|nothing{of_sprite}" not in kept:
-            kept[f"{model}|nothing{of_sprite}"] = {"scores": untrained_scores(model, args.sprite)}
-            keep(args.out, kept)
-    options: dict[str, list[str | Path]] = {}
     few = ["--costs"] if args.costs else []
+    of_sprite = "" if args.sprite == SPRITE else f"|{args.sprite.stem}"
+    options: dict[str, list[str | Path]] = {}
     for model in args.model:
-        for method in OMNIGEN2_METHODS if model == OMNIGEN2 else METHODS:
-            key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "")
-            options[key + of_sprite] = ["--one", model, method, "--sprite", args.sprite.resolve(), *few]
+        drawn = METHODS if args.costs else (NOTHING, *METHODS)
+        for method in OMNIGEN2_METHODS if model == OMNIGEN2 else drawn:
+            key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "") + of_sprite
+            options[key] = ["--one", model, method, "--sprite", args.sprite.resolve(), *few]
     results = run_missing(args.out, "benchmarks.prefix", options, jobs=1)
     print(table(results))
 

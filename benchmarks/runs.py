@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW = 12  # steps where costs alone are asked for
 
 
 def read_kept(path: Path) -> dict[str, Any]:
