@@ -73,6 +73,13 @@ class CommandSettings(PredictSettings):
         None, description="In place of prompt: a text file with a prompt on each line; num_outputs pictures of each."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _condition_alone(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A condition may say all that is to be drawn, so its prompt may be left out or empty."""
+        told = any(values.get(name) is not None for name in ("prompt", "prompt_file"))
+        return values if told or not values.get("condition") else values | {"prompt": ""}
+
     @model_validator(mode="after")
     def _one_of_two(self) -> "CommandSettings":
         if (self.prompt is None) == (self.prompt_file is None):

@@ -146,6 +146,13 @@ def test_mistakes(argv: list[str], told: str, generator_calls: list[Any]) -> Non
     assert generator_calls == []
 
 
+@pytest.mark.parametrize("flags", [[], ["--prompt", ""]])
+def test_a_condition_needs_no_prompt(flags: list[str], generator_calls: list[Any], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "edges.png")
+    predict.main([*flags, "--condition", str(tmp_path / "edges.png"), "--output_dir", str(tmp_path / "out")])
+    assert generator_calls[-1].prompt == ""
+
+
 def test_cog_predictor(generator_calls: list[Any], weights: Path, capsys) -> None:
     predictor = predict.Predictor()
     predictor.setup(weights=str(weights))
