@@ -7,6 +7,7 @@ import json
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,13 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from toybox import training
 from toybox.captions import caption
-from toybox.world import SIZE, Scene, place, random_scene, render
+from toybox.world import DRAWING, SIZE, Scene, place, random_scene, render
 
 CLIP_TOKENS = 48
 NOISIEST = (0.0, 0.5, 0.75)  # where each turn of the times begins; 1 is noise alone
 CAPTION_DROPOUT = 0.1
 LATENTS = 16  # side of the latents of a picture
 OBJECT = 4.0  # what a place of the object counts in the loss, beside one of the background
+MUON_RATE = 1.4  # times the rate of AdamW
 START, END = "<|startoftext|>", "<|endoftext|>"
 PREVIEW_PROMPTS = (
     "a big red star on a striped blue background on the left",
@@ -109,6 +111,11 @@ class World:
             torch.save(_encode(vae, scenes, device), cache)
         return cls(scenes, torch.load(cache, weights_only=True), args.vae)
 
+    @cached_property
+    def told(self) -> list[int]:
+        """The scenes whose object the caption tells: those without a random drawing."""
+        return [index for index, scene in enumerate(self.scenes) if scene.shape != DRAWING]
+
     def weights(self, index: Tensor) -> Tensor:
         """How much each place of the latents counts: OBJECT inside the square around the object. [B, 1, 16, 16].
 
@@ -150,6 +157,10 @@ class Learner(nn.Module, ABC):
     def forward(self, latents: Tensor, captions: list[str]) -> Tensor:
         """The weighted squared errors of latents that are shifted and scaled: both [B, 4, 16, 16]."""
 
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights that Muon (Jordan 2024; its rate as of Liu et al. 2025, arXiv:2502.16982) trains and not AdamW."""
+        return []
+
     @abstractmethod
     def as_pipeline(self, vae: Path) -> DiffusionPipeline:
         """The stock pipeline around the nets."""
@@ -162,15 +173,16 @@ def arguments(description: str, steps: int, batch: int) -> argparse.ArgumentPars
     parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--preview_every", type=int, default=1000)
+    parser.add_argument(
+        "--told", type=float, default=0.0, help="share of the run, its first, without drawings, which no caption tells"
+    )
     return parser
 
 
 def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
     """Train from scratch, or from the last saved state, to the last step; write the pipeline's folder."""
     device = next(learner.parameters()).device
-    rate = {"lr": args.learning_rate, "betas": (0.9, 0.99), "weight_decay": 1e-2}
-    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, **rate, fused=True)
+    optimiser = _optimiser(learner)
     average = EMAModel(learner.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True)
     parts = {"learner": learner, "optimiser": optimiser, "average": average}
     run = training.Run(args.work / f"{learner.name}.pt", parts)
@@ -178,7 +190,8 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
     average.to(device)
     wording, losses = random.Random(), []
     while run.step < args.steps:
-        index = torch.randint(len(world.scenes), (args.batch,))
+        chosen = world.told if run.step < args.told * args.steps else range(len(world.scenes))
+        index = torch.tensor([chosen[i] for i in torch.randint(len(chosen), (args.batch,))])
         wording.seed(args.seed * 1_000_003 + run.step)
         captions = ["" if wording.random() < CAPTION_DROPOUT else caption(world.scenes[i], wording) for i in index]
         mean, std = world.posteriors[index].float().to(device).chunk(2, dim=1)
@@ -195,6 +208,18 @@ def train(learner: Learner, world: World, args: argparse.Namespace) -> None:
             run.save()
         if run.step % args.preview_every == 0 or run.step == args.steps:
             _finish(learner, average, world.vae, args)
+
+
+def _optimiser(learner: Learner) -> training.Together:
+    """AdamW, and Muon for the learner's matrices."""
+    matrices = learner.matrices()
+    apart = {id(matrix) for matrix in matrices}
+    others = [value for value in learner.parameters() if value.requires_grad and id(value) not in apart]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)]
+    if matrices:
+        group = {"params": matrices, "rate": MUON_RATE}
+        parts.append(torch.optim.Muon([group], weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"))
+    return training.Together(*parts)
 
 
 def _finish(learner: Learner, average: EMAModel, vae: Path, args: argparse.Namespace) -> None:

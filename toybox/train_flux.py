@@ -112,6 +112,10 @@ class FluxLearner(diffusion.Learner):
         for name in EMBEDDERS:
             getattr(self.transformer, name).load_state_dict(getattr(pipe.transformer, name).state_dict())
 
+    def matrices(self) -> list[nn.Parameter]:
+        blocks = nn.ModuleList([self.transformer.transformer_blocks, self.transformer.single_transformer_blocks])
+        return [value for value in blocks.parameters() if value.ndim == 2]
+
     def forward(self, latents: Tensor, captions: list[str]) -> Tensor:
         """The flow-matching errors of shifted and scaled latents: both [B, 4, 16, 16]."""
         device, (count, channels, height, width) = latents.device, latents.shape

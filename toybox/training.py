@@ -49,10 +49,36 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
-    """One step at that rate, gradients clipped to a norm of 1."""
+class Together:
+    """Several optimisers that step as one."""
+
+    def __init__(self, *optimisers: torch.optim.Optimizer):
+        self._each = optimisers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for one in self._each for group in one.param_groups]
+
+    def zero_grad(self) -> None:
+        for one in self._each:
+            one.zero_grad()
+
+    def step(self) -> None:
+        for one in self._each:
+            one.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [one.state_dict() for one in self._each]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for one, state in zip(self._each, states, strict=True):
+            one.load_state_dict(state)
+
+
+def descend(optimiser: torch.optim.Optimizer | Together, loss: torch.Tensor, learning_rate: float) -> None:
+    """One step at that rate, or a group's multiple of it (`rate`), gradients clipped to a norm of 1."""
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate", 1.0)
     optimiser.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
