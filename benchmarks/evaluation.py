@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judging import SubjectJudge
 from benchmarks.runs import ROOT, keep, read_kept
 from preprocessing.errors import UserError
 from trainer import commandline
@@ -58,18 +59,11 @@ def train(sprite: Path, name: str, folder: Path) -> dict[str, Any]:
 
 def scores(sprite: Path, weights: Path, steps: Collection[int] = ()) -> dict[int, dict[str, float]]:
     """What the oracle says of the weights of each step that was kept, or of those named."""
-    from toybox.finder import Finder
-    from toybox.score import MIN_ADAPTER_PICTURES, AdapterTask, drawing_with, judge_subjects
-    from toybox.sprite import load_sprite
-    from trainer.generate import Generator
-
-    image = load_sprite(sprite)
-    task, finder, generator = AdapterTask.of(image, MIN_ADAPTER_PICTURES), Finder(image), Generator("toybox")
-    draw, found = drawing_with(generator), {}
+    judge, found = SubjectJudge(sprite), {}
     kept = {int(match[1]): path for path in weights.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name))}
     for step, path in sorted((step, path) for step, path in kept.items() if not steps or step in steps):
-        generator.use(path)
-        found[step] = judge_subjects(finder, task, draw(task.subject_prompts("TOK")))
+        judge.generator.use(path)
+        found[step] = judge.scores(judge.draw())
     return found
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judging import SubjectJudge
 from benchmarks.runs import FEW, ROOT, adapter_scores, run_missing, trained_numbers, weight_files
 from benchmarks.step import MIB, Clock, machine
 from trainer import commandline
@@ -127,7 +128,8 @@ def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str,
 def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any]:
     """One job, in this process."""
     if method == NOTHING:
-        return {"scores": untrained_scores(model, sprite)}
+        judge = SubjectJudge(sprite, model)
+        return {"scores": judge.scores(judge.draw())}
     from toybox import concept
     from trainer import job
     from trainer.config import JobSettings
@@ -150,18 +152,6 @@ def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any
             "machine": machine(),
         }
         return measured | ({} if costs else {"scores": adapter_scores(result.archive, sprite)})
-
-
-def untrained_scores(model: str, path: Path) -> dict[str, float]:
-    """What the base model draws for prompts of the subject."""
-    from toybox.finder import Finder
-    from toybox.score import MIN_ADAPTER_PICTURES, AdapterTask, drawing_with, judge_subjects
-    from toybox.sprite import load_sprite
-    from trainer.generate import Generator
-
-    sprite = load_sprite(path)
-    task = AdapterTask.of(sprite, MIN_ADAPTER_PICTURES)
-    return judge_subjects(Finder(sprite), task, drawing_with(Generator(model))(task.subject_prompts("TOK")))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
