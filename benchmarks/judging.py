@@ -21,7 +21,7 @@ class SubjectJudge:
         self._task, self._finder = AdapterTask.of(image, MIN_ADAPTER_PICTURES), Finder(image)
 
     def draw(self, trigger: str = "TOK") -> list[Image.Image]:
-        """A picture for each prompt, always with the same seeds."""
+        """A picture for each prompt, always with the same seeds; `trigger` may be several words."""
         from toybox.score import drawing_with
 
         return drawing_with(self.generator)(self._task.subject_prompts(trigger))
@@ -31,3 +31,7 @@ class SubjectJudge:
         from toybox.score import judge_subjects
 
         return judge_subjects(self._finder, self._task, pictures)
+
+    def found(self, pictures: list[Image.Image]) -> list[bool]:
+        """Whether the sprite is in each picture."""
+        return [self._finder.find(picture).found for picture in pictures]

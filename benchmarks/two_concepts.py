@@ -1,0 +1,98 @@
+"""Do two concepts of one job keep apart? `python -m benchmarks.two_concepts --out results.json`
+
+The real job trains on two sprites, each in a folder called as its trigger word; 64 pictures are drawn of each word on
+backgrounds that were not trained on, and 64 of both words in one prompt, which no training picture shows. Told are, as
+shares of the pictures, where the word's own sprite is found, where the other word's is, and where both are, and how
+often background and position are as asked for. A way of training in RUNS that `--out` holds is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.concepts import SPRITES
+from benchmarks.judging import SubjectJudge
+from benchmarks.runs import keep, read_kept
+from trainer import commandline
+
+WORDS = ("ROB", "TEA")
+PAIR = (SPRITES[0].with_name("robot.png"), SPRITES[0].with_name("teapot.png"))
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "masks, attention in them": {"token_attention_penalty": 0.1},
+}
+SHARED: dict[str, Any] = {"concepts": "folders", "holdout": 0, "report_to": "none", "early_stop": False, "workers": 0}
+
+
+def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
+    """Train one way; the scores of each word and of both together."""
+    from toybox import concept
+    from trainer import job
+    from trainer.config import JobSettings
+
+    with tempfile.TemporaryDirectory(prefix="two-concepts-") as folder:
+        data, masks = Path(folder) / "data.zip", ["--masks"] if RUNS[name] else []
+        sprites = ["--sprite", *map(str, PAIR), "--trigger", *WORDS]
+        concept.main([*sprites, "--out", str(data), *masks])
+        places = {"input_images": data, "output_dir": Path(folder) / "out"}
+        result = job.train(JobSettings(**SHARED | RUNS[name], **places, seed=seed))
+        judges = [SubjectJudge(sprite) for sprite in PAIR]
+        results = {}
+        for word, own, other in zip(WORDS, judges, judges[::-1], strict=True):
+            own.generator.use(result.archive)
+            results[word] = alone(own, other, own.draw(word))
+        results[" beside ".join(WORDS)] = together(*judges, judges[1].draw(" beside ".join(WORDS)))
+    return results
+
+
+def alone(own: SubjectJudge, other: SubjectJudge, pictures: list[Any]) -> dict[str, float]:
+    """The scores of pictures of one word."""
+    scores, own_found, other_found = own.scores(pictures), own.found(pictures), other.found(pictures)
+    return presence(own_found, other_found) | {name: scores[name] for name in ("background", "position")}
+
+
+def together(first: SubjectJudge, second: SubjectJudge, pictures: list[Any]) -> dict[str, float]:
+    """The scores of pictures of both words; where each should be was not said."""
+    scores = first.scores(pictures)
+    return presence(first.found(pictures), second.found(pictures)) | {"background": scores["background"]}
+
+
+def presence(own: list[bool], other: list[bool]) -> dict[str, float]:
+    """Shares of the pictures in which one, the other and both are found."""
+    count = len(own)
+    both = sum(a and b for a, b in zip(own, other, strict=True))
+    return {"own": sum(own) / count, "other": sum(other) / count, "both": both / count}
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The results in Markdown."""
+    columns = ("own", "other", "both", "background", "position")
+    lines = [f"| run | prompt | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for run, rows in results.items():
+        for word, scores in rows.items():
+            cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
+            lines.append(f"| {run} | {word} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON that results are kept in")
+    parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN")
+    parser.add_argument("--seeds", type=int, default=1, help="runs with seeds 0, 1, ... (default 1)")
+    args = parser.parse_args(argv)
+    results = read_kept(args.out)
+    wanted = {f"{name}, seed {seed}": (name, seed) for seed in range(args.seeds) for name in args.run}
+    for key in (key for key in wanted if key not in results):
+        results[key] = measure(*wanted[key])
+        keep(args.out, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.run(main))
