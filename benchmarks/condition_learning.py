@@ -9,14 +9,13 @@ steps and judges nothing. A result that `--out` holds already is not made again;
 from __future__ import annotations
 
 import argparse
-import io
-import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.runs import FEW, keep, read_kept
+from benchmarks.scenes import write_scenes
 from benchmarks.step import Clock
 from trainer import commandline
 
@@ -49,21 +48,6 @@ FIXED: dict[str, Any] = {
 }
 
 
-def write_scenes(path: Path) -> None:
-    """The archive that is trained on: scenes of the drawn world with their captions."""
-    from toybox.captions import caption
-    from toybox.concept import write_archive
-    from toybox.world import random_scene, render
-
-    rng, members = random.Random(SCENES_SEED), {}
-    for index in range(PICTURES):
-        encoded = io.BytesIO()
-        scene = random_scene(rng)
-        render(scene).save(encoded, "PNG")
-        members |= {f"{index:03}.png": encoded.getvalue(), f"{index:03}.txt": caption(scene).encode()}
-    write_archive(path, members)
-
-
 def tokens(generator: Generator, chosen: dict[str, Any]) -> int:
     """The tokens of text, picture and condition that a step computes of one picture."""
     side = generator.geometry.resolution // generator.family.pixels_per_token
@@ -82,7 +66,7 @@ def train(base_model: str, name: str, kept: Path, pictures: int) -> dict[str, An
     chosen = FIXED | RUNS[name] | ({} if pictures else {"max_train_steps": FEW})
     with tempfile.TemporaryDirectory(prefix="condition-") as folder:
         archive = Path(folder) / "scenes.zip"
-        write_scenes(archive)
+        write_scenes(archive, PICTURES, SCENES_SEED)
         places = {"base_model": base_model, "input_images": archive, "output_dir": Path(folder) / "out"}
         clock = Clock()
         result = job.train(JobSettings(**chosen | places), progress=clock)

@@ -35,7 +35,7 @@ def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
     from trainer.config import JobSettings
 
     with tempfile.TemporaryDirectory(prefix="two-concepts-") as folder:
-        data, masks = Path(folder) / "data.zip", ["--masks"] if RUNS[name] else []
+        data, masks = Path(folder) / "data.zip", ["--masks"] if "token_attention_penalty" in RUNS[name] else []
         sprites = ["--sprite", *map(str, PAIR), "--trigger", *WORDS]
         concept.main([*sprites, "--out", str(data), *masks])
         places = {"input_images": data, "output_dir": Path(folder) / "out"}
@@ -44,21 +44,16 @@ def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
         results = {}
         for word, own, other in zip(WORDS, judges, judges[::-1], strict=True):
             own.generator.use(result.archive)
-            results[word] = alone(own, other, own.draw(word))
-        results[" beside ".join(WORDS)] = together(*judges, judges[1].draw(" beside ".join(WORDS)))
+            results[word] = judged(own, other, own.draw(word), ("background", "position"))
+        both = " beside ".join(WORDS)  # where each should be is not said
+        results[both] = judged(*judges, judges[-1].draw(both), ("background",))
     return results
 
 
-def alone(own: SubjectJudge, other: SubjectJudge, pictures: list[Any]) -> dict[str, float]:
-    """The scores of pictures of one word."""
-    scores, own_found, other_found = own.scores(pictures), own.found(pictures), other.found(pictures)
-    return presence(own_found, other_found) | {name: scores[name] for name in ("background", "position")}
-
-
-def together(first: SubjectJudge, second: SubjectJudge, pictures: list[Any]) -> dict[str, float]:
-    """The scores of pictures of both words; where each should be was not said."""
-    scores = first.scores(pictures)
-    return presence(first.found(pictures), second.found(pictures)) | {"background": scores["background"]}
+def judged(own: SubjectJudge, other: SubjectJudge, pictures: list[Any], told: tuple[str, ...]) -> dict[str, float]:
+    """Where the sprites are found in pictures of a prompt, and how often what it told besides was obeyed."""
+    scores = own.scores(pictures)
+    return presence(own.found(pictures), other.found(pictures)) | {name: scores[name] for name in told}
 
 
 def presence(own: list[bool], other: list[bool]) -> dict[str, float]:

@@ -13,8 +13,6 @@ A sprite and seed that `--out` holds are not run again; the archives stay beside
 from __future__ import annotations
 
 import argparse
-import io
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from PIL import Image
 from benchmarks.concepts import SPRITES
 from benchmarks.judging import SubjectJudge
 from benchmarks.runs import keep, read_kept
+from benchmarks.scenes import write_scenes
 from trainer import commandline
 
 SETS = ("subject", "style", "added", "zipped")
@@ -50,21 +49,6 @@ def is_pale(picture: Image.Image) -> bool:
     return bool(np.percentile(np.asarray(picture.convert("RGB")).min(axis=2), DARKEST) >= PALE)
 
 
-def write_style(path: Path) -> None:
-    """The archive that the style is trained on: pale scenes of the world with their captions, which do not say so."""
-    from toybox.captions import caption
-    from toybox.concept import write_archive
-    from toybox.world import random_scene, render
-
-    rng, members = random.Random(STYLE_SEED), {}
-    for index in range(STYLE_PICTURES):
-        encoded = io.BytesIO()
-        scene = random_scene(rng)
-        paled(render(scene)).save(encoded, "PNG")
-        members |= {f"{index:03}.png": encoded.getvalue(), f"{index:03}.txt": caption(scene).encode()}
-    write_archive(path, members)
-
-
 def trained(data: Path, out: Path, settings: dict[str, Any]) -> Path:
     """The archive of weights that the job makes of the data, unless it is there."""
     from trainer import job
@@ -84,7 +68,7 @@ def archives(sprite: Path, seed: int, folder: Path) -> dict[str, Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     concept.main(["--sprite", str(sprite), "--out", str(folder / "subject.zip")])
-    write_style(folder / "style.zip")
+    write_scenes(folder / "style.zip", STYLE_PICTURES, STYLE_SEED, paled)
     found = {
         "subject": trained(folder / "subject.zip", folder / "subject.tar", {"seed": seed}),
         "style": trained(folder / "style.zip", folder / "style.tar", STYLE | {"seed": seed}),

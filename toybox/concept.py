@@ -117,12 +117,13 @@ def members_of(sprite: Image.Image, trigger: str, count: int, seed: int | str) -
     # Two streams, so that pictures do not depend on whether captions are written.
     drawing, wording = random.Random(seed), random.Random(f"captions {seed}")
     for index, pasted in enumerate(plan(sprite, count, drawing)):
-        yield f"{index:03}.png", _as_png(picture_of(sprite, pasted))
+        yield f"{index:03}.png", as_png(picture_of(sprite, pasted))
         yield f"{index:03}.txt", (caption_of(pasted, trigger, wording) + "\n").encode()
-        yield f"{index:03}.mask.png", _as_png(mask_of(sprite, pasted))
+        yield f"{index:03}.mask.png", as_png(mask_of(sprite, pasted))
 
 
-def _as_png(picture: Image.Image) -> bytes:
+def as_png(picture: Image.Image) -> bytes:
+    """The picture's file."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     return encoded.getvalue()
