@@ -27,7 +27,7 @@ METHODS = ["pivotal", "lora", "textual_inversion", "full", "condition", "prefix"
 CAPTIONERS = ["auto", "toybox", "blip", "florence2", "qwen-vl", "lavis", "none"]
 MASKS = ["auto", "none", "alpha", "text", "face"]
 MODES = ["subject", "face", "style", "captions"]
-OPTIMIZERS = ["adamw", "adamw8bit", "prodigy"]
+OPTIMIZERS = ["adamw", "adamw8bit", "prodigy", "muon"]
 PRECISIONS = ["auto", "no", "fp16", "bf16"]
 
 hosted.redact_downloads()  # here, for Cog calls nothing of ours before it downloads

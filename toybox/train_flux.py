@@ -5,7 +5,7 @@
 All three are trained jointly from scratch by flow matching (Lipman et al. 2022, arXiv:2210.02747). The folder written
 is a stock FluxPipeline without the guidance embedding: guidance is by a second call without text (`true_cfg_scale`).
 `--text_from toybox/flux` begins with that folder's trained text encoders and leaves them as they are, and with what
-lies between them and the transformer's blocks.
+lies between them and the transformer's blocks; with `--whole`, with the blocks too.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class FluxLearner(diffusion.Learner):
         self.transformer = build_transformer()
         self.denoise = self.transformer.forward
 
-    def read_as(self, folder: Path) -> None:
-        """Take a pipeline's text encoders, for good, and its transformer's embedders, to begin with."""
+    def read_as(self, folder: Path, whole: bool) -> None:
+        """Take a pipeline's text encoders, for good, and its transformer's embedders, or all of it, to begin with."""
         pipe = FluxPipeline.from_pretrained(folder, vae=None, torch_dtype=torch.float32)
         for own, other in ((self.text_encoder, pipe.text_encoder), (self.text_encoder_2, pipe.text_encoder_2)):
             own.load_state_dict(other.state_dict())
             own.requires_grad_(False)
-        for name in EMBEDDERS:
+        for name in [name for name, _ in self.transformer.named_children()] if whole else EMBEDDERS:
             getattr(self.transformer, name).load_state_dict(getattr(pipe.transformer, name).state_dict())
 
     def matrices(self) -> list[nn.Parameter]:
@@ -176,6 +176,7 @@ def compile_for(learner: FluxLearner, device: torch.device) -> None:
 def main() -> None:
     parser = diffusion.arguments("Train the toybox's FLUX.", steps=16000, batch=24)
     parser.add_argument("--text_from", type=Path, help="folder of a FLUX whose text encoders are taken and kept")
+    parser.add_argument("--whole", action="store_true", help="take the transformer of --text_from too")
     args = parser.parse_args()
     device = training.start(args)
     world = diffusion.World.load(args, device)
@@ -184,7 +185,7 @@ def main() -> None:
     means = world.posteriors[:, :4].float()
     learner = FluxLearner(tokenizers, shift=means.mean().item(), scale=1 / means.std().item())
     if args.text_from:
-        learner.read_as(args.text_from)
+        learner.read_as(args.text_from, args.whole)
     compile_for(learner.to(device), device)
     diffusion.train(learner, world, args)
 

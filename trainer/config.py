@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from preprocessing.errors import UserError
 from preprocessing.settings import PrepareSettings
 
-Optimiser = Literal["adamw", "adamw8bit", "prodigy"]
+TokenOptimiser = Literal["adamw", "adamw8bit", "prodigy"]
+Optimiser = Literal[TokenOptimiser, "muon"]
 Schedule = Literal["constant", "linear", "cosine", "exponential"]
 # settings that only some base models have; see Family.own_settings
 FOR_SOME = (
@@ -113,7 +114,10 @@ class ArchitectureSettings(PrepareSettings):
 class OptimisationSettings(PrepareSettings):
     """How the trainable parameters are moved."""
 
-    optimizer: Optimiser = Field("adamw", description="For the weights; prodigy finds its own learning rate.")
+    optimizer: Optimiser = Field(
+        "adamw",
+        description="For the weights; prodigy finds its own learning rate; muon makes a matrix's step orthogonal.",
+    )
     learning_rate: float | None = Field(None, ge=0, description="Of the LoRA or full weights, or of the prefix.")
     lr_schedule: Schedule = Field("cosine", description="Of the weights; ignored by prodigy.")
     lr_warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up, of the weights.")
@@ -121,7 +125,7 @@ class OptimisationSettings(PrepareSettings):
     lora_plus_ratio: float = Field(
         1.0, gt=0, description="LoRA+: learning rate of the matrices B over that of A (the paper's choice is 16)."
     )
-    text_embedding_optimizer: Optimiser = Field("adamw", description="For the new tokens.")
+    text_embedding_optimizer: TokenOptimiser = Field("adamw", description="For the new tokens.")
     text_embedding_lr: float | None = Field(None, ge=0, description="Of the new tokens; falls with (1 - done)^1.7.")
     text_encoder_lr: float | None = Field(None, ge=0, description="Of the text encoders' weights; None: learning_rate.")
     pivot_fraction: float = Field(0.7, ge=0, le=1, description="Share of the run after which the tokens are frozen.")

@@ -112,13 +112,14 @@ def test_loss_falls_on_one_batch(case, tiny_model, settings, train_on, one_pictu
 RUNS = {
     "pivotal": {"ema_decay": 0.9, "noise_offset": 0.1, "gradient_accumulation_steps": 2, "horizontal_flip": True},
     "prodigy": {"method": "lora", "optimizer": "prodigy", "train_text_encoder": True},
+    "muon": {"method": "lora", "optimizer": "muon", "lora_targets": "all"},
     "full": {"method": "full", "preview_seeds": (1,)},
     "perfusion": {"method": "perfusion", "class_word": "dog"},
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["pivotal", "perfusion", *(pytest.param(name, marks=SLOW) for name in ("prodigy", "full"))]
+    "name", ["pivotal", "perfusion", "muon", *(pytest.param(name, marks=SLOW) for name in ("prodigy", "full"))]
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(name, settings, train_on, dataset, tmp_path):
     common = {"max_train_steps": 5, "checkpoint_every": 1, "lr_warmup_steps": 2} | RUNS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,51 @@ def test_eight_bit_adamw_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="CUDA"):
         optimisers.build(group("adamw8bit"))
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_vectors_as_adamw_does():
+    torch.manual_seed(0)
+    matrix, kernel, vector = (nn.Parameter(torch.randn(shape)) for shape in ((8, 20), (6, 2, 3, 3), (5,)))
+    before = [parameter.detach().clone() for parameter in (matrix, kernel, vector)]
+    scheduled = optimisers.build(group("muon", parameters=[matrix, kernel, vector], weight_decay=0.0))
+    scheduled.set_factor(0.5)
+    for parameter in (matrix, kernel, vector):
+        parameter.grad = torch.randn_like(parameter)
+    scheduled.optimiser.step()
+    moved = [a - b.detach() for a, b in zip(before, (matrix, kernel, vector), strict=True)]
+    for step, longer in ((moved[0], 20), (moved[1].flatten(1), 18)):
+        # the five steps of Newton and Schulz leave singular values between 0.68 and 1.13
+        values = torch.linalg.svdvals(step) / (0.05 * 0.2 * longer**0.5)
+        assert values.min() > 0.6 and values.max() < 1.2
+    torch.testing.assert_close(moved[2], 0.05 * vector.grad.sign(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5,)])
+def test_muon_leaves_frozen_parameters_and_reads_its_state_back(shape):
+    def two_steps(kept: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, Any]]:
+        parameter = nn.Parameter(start.clone())
+        scheduled = optimisers.build(group("muon", parameters=[parameter]))
+        if kept is not None:
+            scheduled.optimiser.load_state_dict(copy.deepcopy(kept))
+        parameter.grad = gradient.clone()
+        scheduled.optimiser.step()
+        found = parameter.detach().clone()
+        parameter.grad = None
+        scheduled.optimiser.step()
+        assert torch.equal(parameter, found)
+        return found, scheduled.optimiser.state_dict()
+
+    torch.manual_seed(0)
+    start, gradient = torch.randn(shape), torch.randn(shape)
+    start, kept = two_steps(None)
+    gradient = torch.randn(shape)
+    assert not torch.equal(two_steps(kept)[0], two_steps(None)[0])
+    assert torch.equal(two_steps(kept)[0], two_steps(kept)[0])
+
+
+def test_tokens_are_not_trained_by_muon(settings):
+    with pytest.raises(ValueError, match="text_embedding_optimizer"):
+        settings(text_embedding_optimizer="muon")
 
 
 def test_prodigy_trains_both_groups_at_rates_of_its_own(settings, train_on, dataset):
