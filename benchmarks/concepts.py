@@ -1,7 +1,7 @@
 """Pivotal tuning's switches, each alone against the default: `python -m benchmarks.concepts --out results.json`
 
 For each variant, sprite and seed the real job trains on twelve pictures of the sprite, all of them, to the last step,
-in a process of its own on one thread, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
+on one thread of a process beside, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
 is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt.
 
 Told are the means over the runs with 95 % intervals (resampled runs), how much subject and prompt differ from the
@@ -11,16 +11,18 @@ default's run with the same sprite and seed, and the spread of the subject's sco
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import ROOT, adapter_scores, run_missing, trained_numbers
+from benchmarks.judging import SubjectJudge
+from benchmarks.runs import ROOT, run_missing, trained_numbers
 from benchmarks.step import machine
 from trainer import commandline
 from trainer.evaluation.bootstrap import Interval, interval
@@ -73,8 +75,13 @@ COLUMNS = ("subject", "background", "position", "drift", "bleed", "seconds", "pa
 Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 
 
+@cache
+def _judge(sprite: Path) -> SubjectJudge:
+    return SubjectJudge(sprite)
+
+
 def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
-    """One run, in this process."""
+    """One run."""
     from toybox import concept
     from trainer import job
     from trainer.config import JobSettings
@@ -87,7 +94,7 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
         fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
         fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
         result = job.train(JobSettings(**fixed | VARIANTS[variant]))
-        found = adapter_scores(result.archive, sprite)
+        found = _judge(sprite).adapter_scores(result.archive)
         return {name: found[name] for name in ("subject", "likeness", "background", "position", "drift", "bleed")} | {
             "seconds": result.stage_seconds["train"],
             "parameters": trained_numbers(folder / "out"),
@@ -178,21 +185,16 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seeds", type=int, default=3, help="runs with seeds 0, 1, ... (default 3)")
     result.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; a GPU has room for several)")
     result.add_argument("--plot", type=Path, help="SVG or PNG to draw")
-    result.add_argument("--one", metavar="VARIANT/SPRITE/SEED", help="measure this run in this process only")
     return result
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     sprites = {path.stem: path.resolve() for path in args.sprite}
-    if args.one:
-        variant, sprite, seed = args.one.split("/")
-        args.out.write_text(json.dumps(measure(variant, sprites[sprite], int(seed))), encoding="utf-8")
-        return
     # seed by seed, so that a benchmark that is stopped has compared everything a little
-    wanted = [f"{v}/{sprite}/{seed}" for seed in range(args.seeds) for sprite in sprites for v in args.variant]
-    options = {key: ["--one", key, "--sprite", sprites[key.split("/")[1]]] for key in wanted}
-    runs: Runs = run_missing(args.out, "benchmarks.concepts", options, args.jobs)
+    wanted = product(range(args.seeds), sprites, args.variant)
+    given = {f"{variant}/{name}/{seed}": (variant, sprites[name], seed) for seed, name, variant in wanted}
+    runs: Runs = run_missing(args.out, measure, given, args.jobs, apart=False)
     print(table(runs))
     if args.plot:
         plot(runs, args.plot)

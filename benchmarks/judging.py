@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -16,15 +18,30 @@ class SubjectJudge:
         from toybox.sprite import load_sprite
         from trainer.generate import Generator
 
-        image = load_sprite(sprite)
+        self._sprite = load_sprite(sprite)
         self.generator = Generator(base_model)
-        self._task, self._finder = AdapterTask.of(image, MIN_ADAPTER_PICTURES), Finder(image)
+        self._task, self._finder = AdapterTask.of(self._sprite, MIN_ADAPTER_PICTURES), Finder(self._sprite)
 
     def draw(self, trigger: str = "TOK") -> list[Image.Image]:
         """A picture for each prompt, always with the same seeds; `trigger` may be several words."""
         from toybox.score import drawing_with
 
         return drawing_with(self.generator)(self._task.subject_prompts(trigger))
+
+    def adapter_scores(self, weights: Path, trigger: str = "TOK") -> dict[str, Any]:
+        """What `toybox.score.judge_adapter` says of an archive's weights; the generator holds none before and after."""
+        from toybox.score import draw_adapter, judge_adapter
+
+        before = self._unadapted
+        pictures = draw_adapter(self.generator, weights, self._task, trigger, before)
+        self.generator.release()
+        return judge_adapter(self._sprite, self._task, pictures)
+
+    @cached_property
+    def _unadapted(self) -> list[Image.Image]:
+        from toybox.score import drawing_with
+
+        return drawing_with(self.generator)(self._task.unrelated_prompts())
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
         """subject, background, position and likeness (0..1) of pictures in the order of `draw`."""

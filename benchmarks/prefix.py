@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.judging import SubjectJudge
-from benchmarks.runs import FEW, ROOT, adapter_scores, run_missing, trained_numbers, weight_files
+from benchmarks.runs import FEW, ROOT, run_missing, trained_numbers, weight_files
 from benchmarks.step import MIB, Clock, machine
 from trainer import commandline
 
@@ -126,7 +126,7 @@ def settings_of(model: str, method: str, folder: Path, costs: bool) -> dict[str,
 
 
 def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any]:
-    """One job, in this process."""
+    """One job."""
     if method == NOTHING:
         judge = SubjectJudge(sprite, model)
         return {"scores": judge.scores(judge.draw())}
@@ -151,7 +151,7 @@ def measure(model: str, method: str, costs: bool, sprite: Path) -> dict[str, Any
             "learning_rate": settings.learning_rate,
             "machine": machine(),
         }
-        return measured | ({} if costs else {"scores": adapter_scores(result.archive, sprite)})
+        return measured | ({} if costs else {"scores": SubjectJudge(sprite, model).adapter_scores(result.archive)})
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -187,21 +187,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["toybox/sd", OMNIGEN2])
     parser.add_argument("--sprite", type=Path, default=SPRITE, help="an RGBA drawing (default: the robot)")
     parser.add_argument("--costs", action="store_true", help="few steps, and nothing is drawn and scored")
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help="measure this in this process only")
     args = parser.parse_args(argv)
-    if args.one:
-        costs = args.costs or args.one[0] == OMNIGEN2
-        args.out.write_text(json.dumps(measure(*args.one, costs, args.sprite)), encoding="utf-8")
-        return
-    few = ["--costs"] if args.costs else []
     of_sprite = "" if args.sprite == SPRITE else f"|{args.sprite.stem}"
-    options: dict[str, list[str | Path]] = {}
+    given: dict[str, tuple[Any, ...]] = {}
     for model in args.model:
         drawn = METHODS if args.costs else (NOTHING, *METHODS)
         for method in OMNIGEN2_METHODS if model == OMNIGEN2 else drawn:
             key = f"{model}|{method}" + ("|costs" if args.costs and model != OMNIGEN2 else "") + of_sprite
-            options[key] = ["--one", model, method, "--sprite", args.sprite.resolve(), *few]
-    results = run_missing(args.out, "benchmarks.prefix", options, jobs=1)
+            given[key] = (model, method, args.costs or model == OMNIGEN2, args.sprite.resolve())
+    results = run_missing(args.out, measure, given, jobs=1, apart=True)
     print(table(results))
 
 

@@ -1,13 +1,13 @@
-"""Runs that a benchmark keeps, so that it may be stopped and goes on; each may have a process of its own."""
+"""Runs that a benchmark keeps, so that it may be stopped and goes on; several at a time."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 12  # steps where costs alone are asked for
+Work = Callable[..., Any]  # a function at the top of its module
 
 
 def read_kept(path: Path) -> dict[str, Any]:
@@ -29,26 +30,18 @@ def keep(path: Path, runs: dict[str, Any]) -> None:
     os.replace(whole, path)
 
 
-def run_apart(module: str, options: list[str | Path]) -> Any:
-    """What `python -m MODULE --out FILE OPTIONS` leaves in the file, run on one thread: no run takes another's memory.
+def run_missing(path: Path, work: Work, given: dict[str, tuple[Any, ...]], jobs: int, apart: bool) -> dict[str, Any]:
+    """All runs that the JSON file holds, after those that `given` names with `work`'s arguments and it lacks: `jobs` at
+    a time, each kept as soon as it is there.
 
-    Raises CalledProcessError where it fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        single = Path(folder) / "one.json"
-        command = [sys.executable, "-m", module, "--out", single, *options]
-        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        return json.loads(single.read_text(encoding="utf-8"))
-
-
-def run_missing(path: Path, module: str, options: dict[str, list[str | Path]], jobs: int) -> dict[str, Any]:
-    """All runs that the JSON file holds, after those that `options` name and it lacks: `jobs` at a time, each kept as
-    soon as it is there. Where one fails, those that have begun are still kept, and CalledProcessError is raised.
+    Each is made on one thread in a process beside this one, with `apart` in one of its own, so that none takes
+    another's memory. Where one fails, those that have begun are still kept, and its error is raised.
     """
     runs = read_kept(path)
-    missing = {key: given for key, given in options.items() if key not in runs}
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(run_apart, module, given): key for key, given in missing.items()}
+    missing = {key: arguments for key, arguments in given.items() if key not in runs}
+    beside = get_context("spawn")
+    with ProcessPoolExecutor(jobs, beside, _on_one_thread, max_tasks_per_child=1 if apart else None) as pool:
+        waiting = {pool.submit(work, *arguments): key for key, arguments in missing.items()}
         failed: list[BaseException] = []
         bar = tqdm(as_completed(waiting), total=len(waiting), desc="runs", file=sys.stderr)
         for done in bar:
@@ -66,6 +59,13 @@ def run_missing(path: Path, module: str, options: dict[str, list[str | Path]], j
     return runs
 
 
+def _on_one_thread() -> None:
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 def weight_files(output: Path) -> list[Path]:
     """The files of weights that a job's folder of results ended with."""
     return sorted((output / "weights" / "last").glob("*.safetensors"))
@@ -76,10 +76,3 @@ def trained_numbers(output: Path) -> int:
     from trainer import artifact
 
     return sum(value.numel() for path in weight_files(output) for value in artifact.load_tensors(path)[0].values())
-
-
-def adapter_scores(archive: Path, sprite: Path) -> dict[str, Any]:
-    """What `toybox.score adapter` says of an archive's weights."""
-    command = [sys.executable, "-m", "toybox.score", "adapter", "--weights", archive, "--sprite", sprite]
-    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])

@@ -143,6 +143,15 @@ def judge_adapter(sprite: Image.Image, task: AdapterTask, pictures: AdapterPictu
     }
 
 
+def draw_adapter(
+    generator: Generator, weights: Path, task: AdapterTask, trigger: str, before: Pictures
+) -> AdapterPictures:
+    """What an archive's weights draw for a task, beside what the base model drew for its unrelated prompts."""
+    generator.use(weights)
+    draw = drawing_with(generator)
+    return AdapterPictures(draw(task.subject_prompts(trigger)), before, draw(task.unrelated_prompts()))
+
+
 def score_adapter(args: argparse.Namespace) -> dict[str, object]:
     """Draw with the base model and with the archive's weights, and judge."""
     if args.pictures < MIN_ADAPTER_PICTURES:
@@ -155,12 +164,8 @@ def score_adapter(args: argparse.Namespace) -> dict[str, object]:
         manifest = read_manifest(folder)
     task = AdapterTask.of(sprite, args.pictures)
     generator = Generator(args.base_model or manifest.base_model, args.device)
-    draw = drawing_with(generator)
-    before = draw(task.unrelated_prompts())
-    generator.use(args.weights)
-    pictures = AdapterPictures(
-        draw(task.subject_prompts(args.trigger or manifest.trigger_word)), before, draw(task.unrelated_prompts())
-    )
+    before = drawing_with(generator)(task.unrelated_prompts())
+    pictures = draw_adapter(generator, args.weights, task, args.trigger or manifest.trigger_word, before)
     rates = finder_rates(sprite, args.calibration, CALIBRATION_SEED, blurred)
     trust = {"accepted": round(rates.accepted["sprite"], 4), "wrong": round(rates.wrong["sprite"], 4)}
     return judge_adapter(sprite, task, pictures) | {"calibration": trust}

@@ -1,13 +1,14 @@
-"""A run for test_runs: writes what it was told, and how many threads it has."""
+"""Runs for test_runs: what a process beside can do."""
 
-import argparse
-import json
+from __future__ import annotations
+
 import os
-from pathlib import Path
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--say")
-    args = parser.parse_args()
-    args.out.write_text(json.dumps({"said": args.say, "threads": os.environ["OMP_NUM_THREADS"]}))
+
+def spoken(text: str) -> dict[str, str | int]:
+    """The text in capitals, the process that did it and its threads; ValueError for "b"."""
+    import torch
+
+    if text == "b":
+        raise ValueError("b is refused")
+    return {"said": text.upper(), "process": os.getpid(), "threads": torch.get_num_threads()}
