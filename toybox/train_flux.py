@@ -41,6 +41,11 @@ def build_t5_tokenizer(captions: list[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=T5_TOKENS)
 
 
+def read_tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Those of a trained pipeline."""
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+
+
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """The T5 encoder, untrained: two layers."""
     config = T5Config(
@@ -180,8 +185,11 @@ def main() -> None:
     args = parser.parse_args()
     device = training.start(args)
     world = diffusion.World.load(args, device)
-    captions = world.captions(args.seed + 1)
-    tokenizers = diffusion.build_clip_tokenizer(captions), build_t5_tokenizer(captions)
+    if args.text_from:  # the encoders know the words by their numbers there
+        tokenizers = read_tokenizers(args.text_from)
+    else:
+        captions = world.captions(args.seed + 1)
+        tokenizers = diffusion.build_clip_tokenizer(captions), build_t5_tokenizer(captions)
     means = world.posteriors[:, :4].float()
     learner = FluxLearner(tokenizers, shift=means.mean().item(), scale=1 / means.std().item())
     if args.text_from:
