@@ -115,7 +115,7 @@ def test_the_base_model_draws_what_it_is_asked_for(pictures):
 
 def test_the_flux_draws_what_it_is_asked_for():
     table = score_base(drawing_with(Generator("toybox/flux", "cpu")), 24)
-    goals = {"shape": 0.7, "colour": 0.95, "background": 0.95, "position": 0.95}  # its card says 87, 100, 100 and 100 %
+    goals = {"shape": 0.85, "colour": 0.95, "background": 0.95, "position": 0.95}  # its card says 95, 100, 100, 100 %
     assert {name: table["all"][name] >= goal for name, goal in goals.items()} == dict.fromkeys(goals, True), table
 
 
