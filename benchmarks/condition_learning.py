@@ -22,7 +22,7 @@ from trainer import commandline
 if TYPE_CHECKING:
     from trainer.generate import Generator
 
-PICTURES = 240
+PICTURES = 1000
 SCENES_SEED = 60_001
 FILL: dict[str, Any] = {"condition_tasks": ["fill"], "caption_dropout": 1.0}  # what is known is to tell, not the words
 RUNS: dict[str, dict[str, Any]] = {
@@ -36,10 +36,10 @@ FIXED: dict[str, Any] = {
     "method": "condition",
     "captioner": "none",
     "lora_rank": 32,
-    "optimizer": "adamw",
-    "learning_rate": 2e-3,
+    "optimizer": "muon",
+    "learning_rate": 4e-3,
     "train_batch_size": 8,
-    "max_train_steps": 500,
+    "max_train_steps": 1500,
     "caption_dropout": 0.1,
     "image_dropout": 0.05,
     "preview_prompts": ["a red star"],
