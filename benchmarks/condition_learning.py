@@ -27,6 +27,7 @@ SCENES_SEED = 60_001
 FILL: dict[str, Any] = {"condition_tasks": ["fill"], "caption_dropout": 1.0}  # what is known is to tell, not the words
 RUNS: dict[str, dict[str, Any]] = {
     "canny": {"condition_tasks": ["canny"]},
+    "canny, no words": {"condition_tasks": ["canny"], "caption_dropout": 1.0},
     "fill": FILL,
     "fill, tokens integrated": FILL | {"token_integration": True},
     "canny, keys and values stored": {"condition_tasks": ["canny"], "independent_condition": True},
