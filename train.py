@@ -49,7 +49,7 @@ def train(
     max_train_steps: Optional[int] = Input(default=None, ge=1, description="Optimiser steps."),
     train_batch_size: Optional[int] = Input(default=None, ge=1, description="Pictures a step."),
     gradient_accumulation_steps: int = Input(default=1, ge=1, description="Batches summed into one step."),
-    optimizer: str = Input(default="adamw", choices=OPTIMIZERS, description="prodigy finds its own learning rate."),
+    optimizer: Optional[str] = Input(default=None, choices=OPTIMIZERS, description="prodigy finds its own rate."),
     learning_rate: Optional[float] = Input(default=None, ge=0, description="Of the LoRA or full weights."),
     text_embedding_lr: Optional[float] = Input(default=None, ge=0, description="Of the new tokens."),
     n_tokens: int = Input(default=3, ge=1, le=64, description="New tokens that the trigger word stands for."),

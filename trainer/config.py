@@ -114,9 +114,10 @@ class ArchitectureSettings(PrepareSettings):
 class OptimisationSettings(PrepareSettings):
     """How the trainable parameters are moved."""
 
-    optimizer: Optimiser = Field(
-        "adamw",
-        description="For the weights; prodigy finds its own learning rate; muon makes a matrix's step orthogonal.",
+    optimizer: Optimiser | None = Field(
+        None,
+        description="For the weights: prodigy finds its own learning rate, muon makes a matrix's step orthogonal; "
+        "None: adamw, where the base model recommends no other.",
     )
     learning_rate: float | None = Field(None, ge=0, description="Of the LoRA or full weights, or of the prefix.")
     lr_schedule: Schedule = Field("cosine", description="Of the weights; ignored by prodigy.")

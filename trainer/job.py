@@ -154,6 +154,7 @@ def fill(settings: JobSettings) -> JobSettings:
     family.check_own(settings)
     family.check(settings)
     suits = {
+        "optimizer": "adamw",
         "resolution": family.geometry(source).resolution,
         "companion_model": family.usual_companion(source),
     } | suits

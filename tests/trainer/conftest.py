@@ -221,6 +221,7 @@ def job_settings(tmp_path: Path, tiny_sd: Path) -> JobSettings:
         resolution=SIDE,
         lora_rank=4,
         lora_targets="attention",
+        optimizer="adamw",
         learning_rate=1e-3,
         text_embedding_lr=1e-3,
         max_train_steps=4,
