@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -220,6 +221,16 @@ def test_an_open_choice_takes_the_models_own_value(small, tiny_model):
     filled = job.fill(small(base_model=str(tiny_model), resolution=None, max_train_steps=None, captioner="auto"))
     assert (filled.resolution, filled.max_train_steps, filled.captioner) == (32, 800, "blip")
     assert job.fill(small(max_train_steps=7)).max_train_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"), [({}, "muon"), ({"optimizer": "prodigy"}, "prodigy"), ({"method": "lora"}, "adamw")]
+)
+def test_the_optimizer_is_the_base_models_where_it_recommends_one(changes, taken, small, tiny_sd, tmp_path):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    (base / "training_defaults.json").write_text(json.dumps({"pivotal": {"optimizer": "muon"}}), encoding="utf-8")
+    chosen = small(base_model=str(base), **{"method": "pivotal", "optimizer": None} | changes)
+    assert job.fill(chosen).optimizer == taken
 
 
 def test_tensorboard_is_written_where_it_is_asked_for(small):
