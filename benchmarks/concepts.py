@@ -29,6 +29,7 @@ from trainer.evaluation.bootstrap import Interval, interval
 
 SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
 DEFAULT = "default"
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.006}
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "rank 8": {"lora_rank": 8},
@@ -52,7 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no pivot": {"pivot_fraction": 1.0},
     "rate rises": {"lr_schedule": "exponential"},
     "average of weights": {"ema_decay": 0.99},
-    "LoRA+ 16": {"lora_plus_ratio": 16.0, "learning_rate": 0.001},
+    "450 steps": {"max_train_steps": 450},
+    "AdamW": ADAMW,
+    "AdamW, 450 steps": ADAMW | {"max_train_steps": 450},  # the default before Muon
+    "AdamW, LoRA+ 16": ADAMW | {"lora_plus_ratio": 16.0, "learning_rate": 0.001},
     "LoKr": {"adapter_type": "lokr"},
     "OFT, attention": {"adapter_type": "oft", "lora_targets": "attention"},
     "covariance 0.01": {"token_covariance_penalty": 0.01},
