@@ -32,8 +32,7 @@ class SubjectJudge:
         """What `toybox.score.judge_adapter` says of an archive's weights; the generator holds none before and after."""
         from toybox.score import draw_adapter, judge_adapter
 
-        before = self._unadapted
-        pictures = draw_adapter(self.generator, weights, self._task, trigger, before)
+        pictures = draw_adapter(self.generator, weights, self._task, trigger, self._unadapted)
         self.generator.release()
         return judge_adapter(self._sprite, self._task, pictures)
 

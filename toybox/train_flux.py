@@ -183,6 +183,8 @@ def main() -> None:
     parser.add_argument("--text_from", type=Path, help="folder of a FLUX whose text encoders are taken and kept")
     parser.add_argument("--whole", action="store_true", help="take the transformer of --text_from too")
     args = parser.parse_args()
+    if args.whole and not args.text_from:
+        parser.error("--whole takes the transformer of --text_from: give that folder too")
     device = training.start(args)
     world = diffusion.World.load(args, device)
     if args.text_from:  # the encoders know the words by their numbers there
