@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from PIL import Image
 
 
 class SubjectJudge:
-    """Draws what a sprite's adapter is asked for, with whatever `generator` holds, and has the oracle look at it."""
+    """Draws what a sprite's adapter is asked for, with whatever `generator` holds, and has the oracle look at it.
+
+    It draws in the precision that training would take: in bf16 on a CPU that is fast at it, where `generator` alone
+    draws in fp32. That takes half the time, and the pictures differ by 0.1 % of their range.
+    """
 
     def __init__(self, sprite: Path, base_model: str = "toybox"):
         from toybox.finder import Finder
@@ -26,13 +31,15 @@ class SubjectJudge:
         """A picture for each prompt, always with the same seeds; `trigger` may be several words."""
         from toybox.score import drawing_with
 
-        return drawing_with(self.generator)(self._task.subject_prompts(trigger))
+        with self._precision():
+            return drawing_with(self.generator)(self._task.subject_prompts(trigger))
 
     def adapter_scores(self, weights: Path, trigger: str = "TOK") -> dict[str, Any]:
         """What `toybox.score.judge_adapter` says of an archive's weights; the generator holds none before and after."""
         from toybox.score import draw_adapter, judge_adapter
 
-        pictures = draw_adapter(self.generator, weights, self._task, trigger, self._unadapted)
+        with self._precision():
+            pictures = draw_adapter(self.generator, weights, self._task, trigger, self._unadapted)
         self.generator.release()
         return judge_adapter(self._sprite, self._task, pictures)
 
@@ -40,7 +47,17 @@ class SubjectJudge:
     def _unadapted(self) -> list[Image.Image]:
         from toybox.score import drawing_with
 
-        return drawing_with(self.generator)(self._task.unrelated_prompts())
+        with self._precision():
+            return drawing_with(self.generator)(self._task.unrelated_prompts())
+
+    def _precision(self) -> AbstractContextManager:
+        import torch
+
+        from trainer.devices import DTYPES, training_precision
+
+        device = self.generator.device
+        dtype = DTYPES[training_precision("auto", device)]
+        return torch.autocast("cpu", dtype) if device.type == "cpu" and dtype != torch.float32 else nullcontext()
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
         """subject, background, position and likeness (0..1) of pictures in the order of `draw`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from preprocessing.errors import UserError
 from trainer.methods.base import ParameterGroup
+from trainer.muon import Muon
 
 BETAS = (0.9, 0.99)
 
@@ -42,45 +41,6 @@ class ScheduledOptimiser:
             return 0.0
         group = self.optimiser.param_groups[0]
         return group["lr"] * group["d"] if self.adaptive else group["lr"]
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) for parameters of two axes or more, kernels as [out, in * h * w]; AdamW for the rest.
-
-    A matrix moves by its momentum made orthogonal, times 0.2 sqrt(max(rows, columns)) of the rate (Liu et al. 2025,
-    arXiv:2502.16982): as far as AdamW moves it, so that one rate is for both.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self._kernels = [parameter for parameter in parameters if parameter.ndim >= 2]
-        self._matrices = [nn.Parameter(kernel.detach().view(len(kernel), -1)) for kernel in self._kernels]
-        others = [parameter for parameter in parameters if parameter.ndim < 2]
-        self._each: list[torch.optim.Optimizer] = []
-        if self._matrices:
-            self._each.append(
-                torch.optim.Muon(self._matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
-        if others:
-            self._each.append(torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step at the rate of `param_groups`; without a gradient a parameter stays."""
-        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.reshape_as(matrix)
-        for one in self._each:
-            for group in one.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
-            one.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        groups = [{"lr": group["lr"]} for group in self.param_groups]
-        return {"param_groups": groups, "each": [one.state_dict() for one in self._each]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for one, state in zip(self._each, state_dict["each"], strict=True):
-            one.load_state_dict(state)
 
 
 def build(group: ParameterGroup) -> ScheduledOptimiser:

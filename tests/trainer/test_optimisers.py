@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from preprocessing.errors import UserError
-from trainer import optimisers
+from trainer import muon, optimisers
 from trainer.methods.base import ParameterGroup, weights_factor
 
 
@@ -71,6 +71,44 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_vectors_as_adamw_does():
         values = torch.linalg.svdvals(step) / (0.05 * 0.2 * longer**0.5)
         assert values.min() > 0.6 and values.max() < 1.2
     torch.testing.assert_close(moved[2], 0.05 * vector.grad.sign(), rtol=1e-4, atol=1e-6)
+
+
+def test_muon_moves_as_torchs_own_does_but_for_its_rounding():
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in ((8, 20), (30, 8), (6, 6), (40, 2, 3, 3))]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    scheduled = optimisers.build(group("muon", parameters=ours, weight_decay=0.1))
+    flat = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in theirs]
+    reference = torch.optim.Muon(flat, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for own, other in zip(ours, flat, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.flatten(1)
+        scheduled.optimiser.step()
+        reference.step()
+    for own, other, start in zip(ours, flat, starts, strict=True):
+        moved, expected = own.detach().flatten(1) - start.flatten(1), other.detach() - start.flatten(1)
+        assert (moved - expected).norm() < 0.02 * expected.norm()  # of bf16
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_orthogonal_steps_found_together_are_those_of_each_alone(scale):
+    def alone(matrix: torch.Tensor) -> torch.Tensor:
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = matrix.double() / matrix.double().norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+
+    torch.manual_seed(0)
+    matrices = [scale * torch.randn(shape) for shape in ((8, 20), (20, 8), (8, 8), (3, 50), (1, 4))]
+    for matrix, step in zip(matrices, muon.orthogonalised(matrices), strict=True):
+        torch.testing.assert_close(step, alone(matrix).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_of_nothing_moves_nothing():
+    assert torch.equal(muon.orthogonalised([torch.zeros(3, 5)])[0], torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (5,)])
