@@ -29,6 +29,7 @@ from trainer.evaluation.bootstrap import Interval, interval
 
 SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
 DEFAULT = "default"
+SCENE = ("striped", "green", "left")  # that a prompt is aligned to
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.006}
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
@@ -67,7 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tokens first, 0.1": {"token_warmup": 0.1},
     "tokens from the text, 100": {"token_text_warmup": 100, "class_word": "sticker"},
     "aligned to a prompt": {
-        "alignment_prompt": "{trigger} on a striped green background on the left",
+        "alignment_prompt": "{{trigger}} on a {} {} background on the {}".format(*SCENE),
         "alignment_weight": 0.001,
         "class_word": "sticker",
     },
@@ -75,6 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no tokens": {"method": "lora"},
 }
 MASKED = ("masks", "masks, attention in them")  # variants whose pictures come with masks
+WITH_SCENE = (DEFAULT, "class word", "aligned to a prompt")  # variants that SCENE's prompt alone is drawn with, too
+SCORES = ("subject", "likeness", "background", "position", "drift", "bleed")
 COLUMNS = ("subject", "background", "position", "drift", "bleed", "seconds", "parameters")
 Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 
@@ -98,12 +101,18 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
         fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
         fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
         result = job.train(JobSettings(**fixed | VARIANTS[variant]))
-        found = _judge(sprite).adapter_scores(result.archive)
-        return {name: found[name] for name in ("subject", "likeness", "background", "position", "drift", "bleed")} | {
-            "seconds": result.stage_seconds["train"],
-            "parameters": trained_numbers(folder / "out"),
-            "machine": machine(),
-        }
+        judge = _judge(sprite)
+        found = judge.adapter_scores(result.archive)
+        scene = {"scene": judge.scene_scores(result.archive, *SCENE)} if variant in WITH_SCENE else {}
+        return (
+            scene
+            | {name: found[name] for name in SCORES}
+            | {
+                "seconds": result.stage_seconds["train"],
+                "parameters": trained_numbers(folder / "out"),
+                "machine": machine(),
+            }
+        )
 
 
 def prompt_score(run: dict[str, Any]) -> float:
@@ -159,6 +168,19 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def scene_table(runs: Runs) -> str:
+    """Of the variants that drew SCENE's prompt alone, how well it was obeyed: Markdown, a row a variant."""
+    columns = ("subject", "background", "position")
+    lines = [f"| one prompt | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for variant in WITH_SCENE:
+        scenes = [run["scene"] for run in of_variant(runs, variant).values()]
+        if scenes:
+            found = [mean([scene[column] for scene in scenes]) for column in columns]
+            cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in found]
+            lines.append(f"| {' | '.join([variant, str(len(scenes)), *cells])} |")
+    return "\n".join(lines)
+
+
 def plot(runs: Runs, path: Path) -> None:
     """Subject against prompt, a point a variant with its intervals."""
     from matplotlib import rc_context
@@ -199,7 +221,7 @@ def main(argv: list[str]) -> None:
     wanted = product(range(args.seeds), sprites, args.variant)
     given = {f"{variant}/{name}/{seed}": (variant, sprites[name], seed) for seed, name, variant in wanted}
     runs: Runs = run_missing(args.out, measure, given, args.jobs, apart=False)
-    print(table(runs))
+    print(table(runs), scene_table(runs), sep="\n\n")
     if args.plot:
         plot(runs, args.plot)
 

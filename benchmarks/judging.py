@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+SCENE_PICTURES = 32
+
 
 class SubjectJudge:
     """Draws what a sprite's adapter is asked for, with whatever `generator` holds, and has the oracle look at it.
@@ -42,6 +44,20 @@ class SubjectJudge:
             pictures = draw_adapter(self.generator, weights, self._task, trigger, self._unadapted)
         self.generator.release()
         return judge_adapter(self._sprite, self._task, pictures)
+
+    def scene_scores(self, weights: Path, background: str, colour: str, position: str) -> dict[str, float]:
+        """As `scores`, of pictures of the one prompt that says so, drawn with an archive's weights and many seeds."""
+        from toybox.concept import Pasted
+        from toybox.score import AdapterTask, drawing_with, judge_subjects
+        from toybox.world import Background
+
+        scene = Pasted(Background(background, colour), position, size="", jitter=(0.0, 0.0))
+        task = AdapterTask([scene] * SCENE_PICTURES, [])
+        self.generator.use(weights)
+        with self._precision():
+            pictures = drawing_with(self.generator)(task.subject_prompts("TOK"))
+        self.generator.release()
+        return judge_subjects(self._finder, task, pictures)
 
     @cached_property
     def _unadapted(self) -> list[Image.Image]:

@@ -52,6 +52,22 @@ def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
     assert "-0.100 (-0.100 to -0.100)" in lines[3] and len({line.count("|") for line in lines}) == 1
 
 
+def test_the_prompt_that_a_variant_is_aligned_to_is_the_one_that_is_drawn() -> None:
+    from toybox.captions import compose
+    from toybox.world import Background
+
+    pattern, colour, position = concepts.SCENE
+    asked = concepts.VARIANTS["aligned to a prompt"]["alignment_prompt"]
+    assert asked == compose("{trigger}", Background(pattern, colour), position)
+
+
+def test_the_scenes_table_has_the_variants_that_drew_it() -> None:
+    scene = {"subject": 0.25, "background": 1.0, "position": 0.75}
+    runs = {"default/robot/0": run(0.9) | {"scene": scene}, "rank 8/robot/0": run(0.8)}
+    lines = concepts.scene_table(runs).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| default | 1 | 0.25 (0.25 to 0.25) | 1.00")
+
+
 def test_the_spread_is_that_over_the_seeds_and_not_over_the_sprites() -> None:
     default = concepts.of_variant(RUNS, concepts.DEFAULT)
     assert concepts.seed_spread(default) == pytest.approx((0.2**2 / 2) ** 0.5)  # 0.9 and 0.5; the snail ran once
