@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -62,8 +63,17 @@ def run_missing(path: Path, work: Work, given: dict[str, tuple[Any, ...]], jobs:
 def _on_one_thread() -> None:
     import torch
 
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Nobody would keep the run of a benchmark that was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def weight_files(output: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 
 def spoken(text: str) -> dict[str, str | int]:
@@ -12,3 +13,9 @@ def spoken(text: str) -> dict[str, str | int]:
     if text == "b":
         raise ValueError("b is refused")
     return {"said": text.upper(), "process": os.getpid(), "threads": torch.get_num_threads()}
+
+
+def endless() -> None:
+    """Says that it has begun and does not end."""
+    print("begun", flush=True)
+    time.sleep(600)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,16 @@ def test_a_run_that_fails_ends_the_benchmark_and_loses_nothing(tmp_path: Path) -
         runs.run_missing(tmp_path / "runs.json", spoken, {name: (name,) for name in "abc"}, 1, apart=False)
     kept = json.loads((tmp_path / "runs.json").read_text())
     assert kept["a"]["said"] == "A" and "b" not in kept
+
+
+def test_the_runs_of_a_benchmark_that_is_killed_end_with_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import runs; from tests.benchmarks import one_run\n"
+        "if __name__ == '__main__': runs.run_missing(Path(sys.argv[1]), one_run.endless, {'a': ()}, 1, apart=False)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs.json")]
+    # what a run inherits stays open for as long as it lives
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=runs.ROOT) as benchmark:
+        assert benchmark.stdout.readline() == b"begun\n"
+        benchmark.kill()
+        assert benchmark.communicate(timeout=30)[0] == b""
