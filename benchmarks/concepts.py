@@ -4,8 +4,8 @@ For each variant, sprite and seed the real job trains on twelve pictures of the 
 on one thread of a process beside, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
 is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt.
 
-Told are the means over the runs with 95 % intervals (resampled runs), how much subject and prompt differ from the
-default's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
+Told are the means over the runs with 95 % intervals (resampled runs), how much subject, likeness and prompt differ from
+the default's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MASKED = ("masks", "masks, attention in them")  # variants whose pictures come with masks
 WITH_SCENE = (DEFAULT, "class word", "aligned to a prompt")  # variants that SCENE's prompt alone is drawn with, too
 SCORES = ("subject", "likeness", "background", "position", "drift", "bleed")
-COLUMNS = ("subject", "background", "position", "drift", "bleed", "seconds", "parameters")
+COLUMNS = ("subject", "background", "position", "likeness", "drift", "bleed", "seconds", "parameters")
 Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 
 
@@ -120,6 +120,10 @@ def prompt_score(run: dict[str, Any]) -> float:
     return (run["background"] + run["position"]) / 2
 
 
+# what is compared with the default's run of the same sprite and seed; likeness varies least from seed to seed
+COMPARED = {"subject": lambda run: run["subject"], "likeness": lambda run: run["likeness"], "prompt": prompt_score}
+
+
 def of_variant(runs: Runs, variant: str) -> dict[str, dict[str, Any]]:
     """Its runs by "sprite/seed"."""
     return {key.partition("/")[2]: run for key, run in runs.items() if key.partition("/")[0] == variant}
@@ -150,21 +154,18 @@ def _signed(found: Interval | None) -> str:
 
 def table(runs: Runs) -> str:
     """The runs in Markdown, a row a variant."""
-    lines = [
-        f"| variant | runs | {' | '.join(COLUMNS)} | spread | subject − default | prompt − default |",
-        "|---" * (len(COLUMNS) + 5) + "|",
-    ]
+    titles = ("variant", "runs", *COLUMNS, "spread", *(f"{name} − default" for name in COMPARED))
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
         own = list(of_variant(runs, variant).values())
         means = {column: mean([run[column] for run in own]) for column in COLUMNS}
         cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in (means[c] for c in COLUMNS[:3])]
-        cells += [f"{means['drift'].mean:.3f}", f"{means['bleed'].mean:.3f}", f"{means['seconds'].mean:.0f}"]
-        cells += [f"{means['parameters'].mean:,.0f}", f"{seed_spread(of_variant(runs, variant)):.3f}"]
-        differences = ["", ""]
-        if variant != DEFAULT:
-            subject = against_default(runs, variant, lambda run: run["subject"])
-            differences = [_signed(subject), _signed(against_default(runs, variant, prompt_score))]
-        lines.append(f"| {' | '.join([variant, str(len(own)), *cells, *differences])} |")
+        cells += [f"{means[column].mean:.3f}" for column in COLUMNS[3:6]]
+        cells += [f"{means['seconds'].mean:.0f}", f"{means['parameters'].mean:,.0f}"]
+        cells += [f"{seed_spread(of_variant(runs, variant)):.3f}"]
+        own_row = variant == DEFAULT
+        cells += ["" if own_row else _signed(against_default(runs, variant, score)) for score in COMPARED.values()]
+        lines.append(f"| {' | '.join([variant, str(len(own)), *cells])} |")
     return "\n".join(lines)
 
 

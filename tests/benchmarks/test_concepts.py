@@ -13,6 +13,7 @@ from trainer.config import JobSettings
 def run(subject: float, background: float = 1.0, position: float = 1.0) -> dict:
     return {
         "subject": subject,
+        "likeness": subject / 2,
         "background": background,
         "position": position,
         "drift": 0.02,
@@ -48,8 +49,9 @@ def test_a_variant_is_compared_with_the_default_of_the_same_sprite_and_seed() ->
 def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
     lines = concepts.table(RUNS).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| default", "| rank 8"]
-    assert "| 0.50 (" in lines[2] and lines[2].endswith("|  |  |")
-    assert "-0.100 (-0.100 to -0.100)" in lines[3] and len({line.count("|") for line in lines}) == 1
+    assert "| 0.50 (" in lines[2] and lines[2].endswith("|  |  |  |")
+    assert "-0.100 (-0.100 to -0.100) | -0.050 (-0.050 to -0.050) | -0.250" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_prompt_that_a_variant_is_aligned_to_is_the_one_that_is_drawn() -> None:
