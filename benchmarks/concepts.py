@@ -159,8 +159,8 @@ def table(runs: Runs) -> str:
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
         own = list(of_variant(runs, variant).values())
         means = {column: mean([run[column] for run in own]) for column in COLUMNS}
-        cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in (means[c] for c in COLUMNS[:3])]
-        cells += [f"{means[column].mean:.3f}" for column in COLUMNS[3:6]]
+        cells = [f"{means['subject'].mean:.2f} ({means['subject'].low:.2f} to {means['subject'].high:.2f})"]
+        cells += [f"{means[column].mean:.3f}" for column in COLUMNS[1:6]]
         cells += [f"{means['seconds'].mean:.0f}", f"{means['parameters'].mean:,.0f}"]
         cells += [f"{seed_spread(of_variant(runs, variant)):.3f}"]
         own_row = variant == DEFAULT
