@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 token": {"n_tokens": 1},
     "8 tokens": {"n_tokens": 8},
     "class word": {"class_word": "sticker"},
+    "class word, 8 tokens": {"class_word": "sticker", "n_tokens": 8},
+    "class word, 8 tokens, no std penalty": {"class_word": "sticker", "n_tokens": 8, "token_std_penalty": 0.0},
     "no std penalty": {"token_std_penalty": 0.0},
     "L1 0.03": {"lora_l1_penalty": 0.03},
     "no preservation": {"preservation_weight": 0.0},
