@@ -150,6 +150,10 @@ def seed_spread(own: dict[str, dict[str, Any]]) -> float:
     return math.sqrt(statistics.mean(statistics.pvariance(values) for values in by_sprite.values()))
 
 
+def _told(found: Interval) -> str:
+    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
 def _signed(found: Interval | None) -> str:
     return "" if found is None else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
@@ -161,7 +165,7 @@ def table(runs: Runs) -> str:
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
         own = list(of_variant(runs, variant).values())
         means = {column: mean([run[column] for run in own]) for column in COLUMNS}
-        cells = [f"{means['subject'].mean:.2f} ({means['subject'].low:.2f} to {means['subject'].high:.2f})"]
+        cells = [_told(means["subject"])]
         cells += [f"{means[column].mean:.3f}" for column in COLUMNS[1:6]]
         cells += [f"{means['seconds'].mean:.0f}", f"{means['parameters'].mean:,.0f}"]
         cells += [f"{seed_spread(of_variant(runs, variant)):.3f}"]
@@ -178,8 +182,7 @@ def scene_table(runs: Runs) -> str:
     for variant in WITH_SCENE:
         scenes = [run["scene"] for run in of_variant(runs, variant).values()]
         if scenes:
-            found = [mean([scene[column] for scene in scenes]) for column in columns]
-            cells = [f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})" for one in found]
+            cells = [_told(mean([scene[column] for scene in scenes])) for column in columns]
             lines.append(f"| {' | '.join([variant, str(len(scenes)), *cells])} |")
     return "\n".join(lines)
 

@@ -41,7 +41,10 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, kernels: list[nn.Parameter], rate: float, weight_decay: float) -> None:
         gradients = [kernel.grad for kernel in kernels]
-        momenta = [self.state[kernel].setdefault("momentum", torch.zeros_like(kernel)) for kernel in kernels]
+        for kernel in kernels:
+            if "momentum" not in self.state[kernel]:
+                self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+        momenta = [self.state[kernel]["momentum"] for kernel in kernels]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         steps = orthogonalised([step.flatten(1) for step in ahead])

@@ -76,9 +76,9 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_vectors_as_adamw_does():
 def test_muon_moves_as_torchs_own_does_but_for_its_rounding():
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in ((8, 20), (30, 8), (6, 6), (40, 2, 3, 3))]
-    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    ours = [nn.Parameter(start.clone()) for start in starts]
     scheduled = optimisers.build(group("muon", parameters=ours, weight_decay=0.1))
-    flat = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in theirs]
+    flat = [nn.Parameter(start.flatten(1).clone()) for start in starts]
     reference = torch.optim.Muon(flat, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for own, other in zip(ours, flat, strict=True):
