@@ -52,7 +52,7 @@ def train(
     optimizer: Optional[str] = Input(default=None, choices=OPTIMIZERS, description="prodigy finds its own rate."),
     learning_rate: Optional[float] = Input(default=None, ge=0, description="Of the LoRA or full weights."),
     text_embedding_lr: Optional[float] = Input(default=None, ge=0, description="Of the new tokens."),
-    n_tokens: int = Input(default=3, ge=1, le=64, description="New tokens that the trigger word stands for."),
+    n_tokens: Optional[int] = Input(default=None, ge=1, le=64, description="New tokens for the trigger word."),
     pivot_fraction: float = Input(default=0.7, ge=0, le=1, description="Share of the run that trains the tokens."),
     lora_rank: Optional[int] = Input(default=None, ge=1, le=1024, description="Rank of the LoRA matrices."),
     use_dora: bool = Input(default=False, description="Weight-decomposed LoRA (DoRA)."),

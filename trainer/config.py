@@ -33,7 +33,13 @@ class MethodSettings(PrepareSettings):
         description="pivotal: token embeddings and LoRA together; condition: draw from condition pictures; prefix: "
         "vectors before the text encoders' input; perfusion: tokens and rank-one edits of cross-attention.",
     )
-    n_tokens: int = Field(3, ge=1, le=64, description="New tokens that the trigger word stands for.")
+    n_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="New tokens that the trigger word stands for; None: three, where the base model recommends no "
+        "other number.",
+    )
     token_std_penalty: float = Field(0.01, ge=0, description="Pull of each token's spread to the vocabulary's.")
     adapter_type: Literal["lora", "lokr", "oft"] = Field(
         "lora", description="LoRA, Kronecker products (LoKr) or rotations of what a layer reads (OFT): lora, pivotal."

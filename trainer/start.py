@@ -22,7 +22,7 @@ from trainer.methods.tokens import token_names
 from trainer.weights_cache import WeightsCache
 
 # Settings that the weights decide, so that no recommendation may fill them first.
-TAKEN = ("lora_rank", "lora_alpha", "lora_targets")
+TAKEN = ("lora_rank", "lora_alpha", "lora_targets", "n_tokens")
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
     if manifest.nets:
         taken = artifact.adapter_settings(manifest.nets)
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
-    if manifest.tokens and (settings.concepts or manifest.concepts):
-        _check_concepts(settings, manifest)
-    elif manifest.tokens:
-        taken["n_tokens"] = len(manifest.tokens)
+    several = bool(settings.concepts or manifest.concepts)
+    counts = {len(one.tokens) for one in manifest.words if one.tokens}
+    if len(counts) == 1 and not (several and settings.n_tokens):
+        taken["n_tokens"] = counts.pop()
     if manifest.method == "prefix":
         taken["num_prefix_tokens"] = manifest.settings["num_prefix_tokens"]
     if _adapted(start) & text:
@@ -106,8 +106,12 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
                 f"{name} {given} does not agree with init_adapter, which has {value}: leave {name} out"
                 + (", or change the rank first with python -m trainer.export --rank." if name == "lora_rank" else ".")
             )
-    settings = JobSettings.model_validate(settings.model_dump() | taken)
-    return settings if manifest.nets else settings.filled(families.recommended(settings.base_model, settings.method))
+    suits = families.suiting(settings.base_model, settings.method)
+    left = {"n_tokens": suits["n_tokens"]} if manifest.nets else suits
+    settings = JobSettings.model_validate(settings.model_dump() | taken).filled(left)
+    if manifest.tokens and several:
+        _check_concepts(settings, manifest)
+    return settings
 
 
 def _check_concepts(settings: JobSettings, manifest: Manifest) -> None:

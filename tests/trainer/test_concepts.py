@@ -295,7 +295,8 @@ def test_preservation_reads_class_words_in_place_of_every_trigger(two, create):
 def test_settings_go_through_recipes_and_back(tmp_path, settings):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "input_images: x\nmethod: pivotal\nconcepts:\n- {trigger_word: ROB, n_tokens: 2, weight: 2}\n- pots\n"
+        "input_images: x\nmethod: pivotal\nn_tokens: 3\n"
+        "concepts:\n- {trigger_word: ROB, n_tokens: 2, weight: 2}\n- pots\n"
     )
     parser = build_parser(JobSettings, "train.py", "", recipe=True)
     chosen = read(parser, JobSettings, [str(recipe)])
@@ -319,6 +320,8 @@ def test_a_training_starts_from_weights_of_the_same_words_alone(trained, lab, se
     begun = start.Start(folder, artifact.read_manifest(folder), "x", "0")
     same = settings(method="textual_inversion", concepts=TWO)
     assert start.agreed(same, begun, lab.family).concepts == same.concepts
+    open_counts = settings(method="textual_inversion", concepts=(ROB, TEA | {"n_tokens": 2}), n_tokens=None)
+    assert start.agreed(open_counts, begun, lab.family).n_tokens == 3  # the usual, weights of two counts say nothing
     for other in ((TEA, ROB), (ROB,), (), (ROB, TEA | {"n_tokens": 4})):
         with pytest.raises(UserError, match=r"teaches ROB \(3 tokens\), TEA \(2 tokens\): give concepts"):
             start.agreed(settings(method="textual_inversion", concepts=other), begun, lab.family)

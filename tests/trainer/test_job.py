@@ -224,13 +224,21 @@ def test_an_open_choice_takes_the_models_own_value(small, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("changes", "taken"), [({}, "muon"), ({"optimizer": "prodigy"}, "prodigy"), ({"method": "lora"}, "adamw")]
+    ("changes", "taken"),
+    [
+        ({}, ("muon", 8)),
+        ({"optimizer": "prodigy"}, ("prodigy", 8)),
+        ({"n_tokens": 2}, ("muon", 2)),
+        ({"method": "textual_inversion"}, ("adamw", 3)),
+    ],
 )
-def test_the_optimizer_is_the_base_models_where_it_recommends_one(changes, taken, small, tiny_sd, tmp_path):
+def test_what_a_base_model_recommends_is_taken_where_no_choice_was_made(changes, taken, small, tiny_sd, tmp_path):
     base = shutil.copytree(tiny_sd, tmp_path / "base")
-    (base / "training_defaults.json").write_text(json.dumps({"pivotal": {"optimizer": "muon"}}), encoding="utf-8")
-    chosen = small(base_model=str(base), **{"method": "pivotal", "optimizer": None} | changes)
-    assert job.fill(chosen).optimizer == taken
+    recommended = {"pivotal": {"optimizer": "muon", "n_tokens": 8}}
+    (base / "training_defaults.json").write_text(json.dumps(recommended), encoding="utf-8")
+    chosen = small(base_model=str(base), **{"method": "pivotal", "optimizer": None, "n_tokens": None} | changes)
+    filled = job.fill(chosen)
+    assert (filled.optimizer, filled.n_tokens) == taken
 
 
 def test_tensorboard_is_written_where_it_is_asked_for(small):

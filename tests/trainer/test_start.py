@@ -124,6 +124,16 @@ def test_what_does_not_agree_is_said(variant, changes, told, train_variant, sett
     assert "\n" not in str(caught.value)
 
 
+@SD_ONLY
+@pytest.mark.parametrize(("variant", "expected"), [("inversion", 2), ("lora", 3)])
+def test_the_number_of_tokens_is_that_of_the_weights(variant, expected, train_variant, settings, lab) -> None:
+    folder, method = train_variant(variant)
+    method.detach(lab.family)
+    chosen = settings(**STILL | {"method": "pivotal", "init_adapter": str(folder), "n_tokens": None})
+    with start.opened(chosen, lab.family) as begun:
+        assert start.agreed(job.fill(chosen), begun, lab.family).n_tokens == expected
+
+
 @SLOW
 @SD_ONLY
 def test_agreeing_settings_are_no_mistake(go_on) -> None:

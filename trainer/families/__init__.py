@@ -148,6 +148,18 @@ def recommended(source: str, method: str) -> dict[str, Any]:
     return merged
 
 
+def suiting(source: str, method: str) -> dict[str, Any]:
+    """What to fill every open setting with, of those that have a value at all: `recommended` over what suits most."""
+    family = family_class(source)
+    usual = {
+        "optimizer": "adamw",
+        "n_tokens": 3,
+        "resolution": family.geometry(source).resolution,
+        "companion_model": family.usual_companion(source),
+    }
+    return usual | recommended(source, method)
+
+
 def fingerprint(source: str) -> str:
     """SHA-256 that tells base models apart: of a file or folder its configs, and each weights file's size, header and
     first MiB (whole checkpoints take minutes to read); of a Hub id its commit.
