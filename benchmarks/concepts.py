@@ -2,7 +2,8 @@
 
 For each variant, sprite and seed the real job trains on twelve pictures of the sprite, all of them, to the last step,
 on one thread of a process beside, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
-is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt.
+is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt
+and against drift.
 
 Told are the means over the runs with 95 % intervals (resampled runs), how much subject, likeness and prompt differ from
 the default's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
@@ -124,6 +125,8 @@ def prompt_score(run: dict[str, Any]) -> float:
 
 # what is compared with the default's run of the same sprite and seed; likeness varies least from seed to seed
 COMPARED = {"subject": lambda run: run["subject"], "likeness": lambda run: run["likeness"], "prompt": prompt_score}
+# what the subject is drawn against
+AGAINST = (("prompt: mean of background and position", prompt_score), ("drift", lambda run: run["drift"]))
 
 
 def of_variant(runs: Runs, variant: str) -> dict[str, dict[str, Any]]:
@@ -188,24 +191,32 @@ def scene_table(runs: Runs) -> str:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """Subject against prompt, a point a variant with its intervals."""
+    """Subject against prompt and against drift, a point a variant with its intervals."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "concepts"}):
-        figure = Figure(figsize=(8, 6), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(12, 7), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
         for index, variant in enumerate(name for name in VARIANTS if of_variant(runs, name)):
             own = of_variant(runs, variant).values()
-            x, y = mean([prompt_score(run) for run in own]), mean([run["subject"] for run in own])
-            spread = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
-            marker = "os^vD"[index // 10 % 5]
-            axes.errorbar(x.mean, y.mean, **spread, fmt=marker, elinewidth=0.6, label=variant)
-        axes.set_xlabel("prompt: mean of background and position")
-        axes.set_ylabel("subject found")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", ncols=2)
+            subject, marker = mean([run["subject"] for run in own]), "os^vD"[index // 10 % 5]
+            for axes, (_, score) in zip(panels, AGAINST, strict=True):
+                along = mean([score(run) for run in own])
+                errors = {"xerr": _arms(along), "yerr": _arms(subject)}
+                axes.errorbar(along.mean, subject.mean, **errors, fmt=marker, elinewidth=0.4, label=variant)
+        for axes, (title, _) in zip(panels, AGAINST, strict=True):
+            axes.set_xlabel(title)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("subject found")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=6)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _arms(found: Interval) -> list[list[float]]:
+    """The interval's ends as matplotlib takes them: distances from the mean."""
+    return [[found.mean - found.low], [found.high - found.mean]]
 
 
 def parser() -> argparse.ArgumentParser:
