@@ -21,10 +21,6 @@ fi
 
 sh setup_venv.sh
 python=.venv/bin/python
-# Threads sleep while they wait: on a busy machine spinning ones made training forty times slower.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-# The toybox's operations are too small to be shared: on two cores two threads took twice as long as one.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 started=$(date +%s)
 rm -rf "$out" # so that what is checked below comes from this run
 mkdir -p "$out"

@@ -1,4 +1,4 @@
-"""Pivotal tuning's switches, each alone against the default: `python -m benchmarks.concepts --out results.json`
+"""Pivotal tuning's switches, each alone against one baseline: `python -m benchmarks.concepts --out results.json`
 
 For each variant, sprite and seed the real job trains on twelve pictures of the sprite, all of them, to the last step,
 on one thread of a process beside, and the oracle judges 64 pictures that its weights draw. A run that `--out` holds
@@ -6,7 +6,7 @@ is not made again, so the benchmark may be stopped at any time. `--plot` draws t
 and against drift.
 
 Told are the means over the runs with 95 % intervals (resampled runs), how much subject, likeness and prompt differ from
-the default's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
+the baseline's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from trainer import commandline
 from trainer.evaluation.bootstrap import Interval, interval
 
 SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
-DEFAULT = "default"
+BASELINE = "baseline"
+START: dict[str, Any] = {"n_tokens": 3}  # what every variant changes: three tokens, and no class word
 SCENE = ("striped", "green", "left")  # that a prompt is aligned to
+CHOSEN = "class word, 8 tokens"  # the toybox's recipe, by what this table says
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.006}
 VARIANTS: dict[str, dict[str, Any]] = {
-    DEFAULT: {},
+    BASELINE: {},
     "rank 8": {"lora_rank": 8},
     "rank 64": {"lora_rank": 64},
     "alpha 2 x rank": {"lora_alpha": 64},
@@ -42,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 token": {"n_tokens": 1},
     "8 tokens": {"n_tokens": 8},
     "class word": {"class_word": "sticker"},
-    "class word, 8 tokens": {"class_word": "sticker", "n_tokens": 8},
+    CHOSEN: {"class_word": "sticker", "n_tokens": 8},
     "class word, 8 tokens, no std penalty": {"class_word": "sticker", "n_tokens": 8, "token_std_penalty": 0.0},
     "no std penalty": {"token_std_penalty": 0.0},
     "L1 0.03": {"lora_l1_penalty": 0.03},
@@ -79,7 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no tokens": {"method": "lora"},
 }
 MASKED = ("masks", "masks, attention in them")  # variants whose pictures come with masks
-WITH_SCENE = (DEFAULT, "class word", "aligned to a prompt")  # variants that SCENE's prompt alone is drawn with, too
+WITH_SCENE = (BASELINE, "class word", "aligned to a prompt")  # variants that SCENE's prompt alone is drawn with, too
 SCORES = ("subject", "likeness", "background", "position", "drift", "bleed")
 COLUMNS = ("subject", "background", "position", "likeness", "drift", "bleed", "seconds", "parameters")
 Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
@@ -88,6 +90,11 @@ Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 @cache
 def _judge(sprite: Path) -> SubjectJudge:
     return SubjectJudge(sprite)
+
+
+def settings_of(variant: str) -> dict[str, Any]:
+    """What its job is given, beside pictures and seed."""
+    return START | VARIANTS[variant]
 
 
 def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
         fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "seed": seed, "holdout": 0}
         fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
         fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
-        result = job.train(JobSettings(**fixed | VARIANTS[variant]))
+        result = job.train(JobSettings(**fixed | settings_of(variant)))
         judge = _judge(sprite)
         found = judge.adapter_scores(result.archive)
         scene = {"scene": judge.scene_scores(result.archive, *SCENE)} if variant in WITH_SCENE else {}
@@ -123,7 +130,7 @@ def prompt_score(run: dict[str, Any]) -> float:
     return (run["background"] + run["position"]) / 2
 
 
-# what is compared with the default's run of the same sprite and seed; likeness varies least from seed to seed
+# what is compared with the baseline's run of the same sprite and seed; likeness varies least from seed to seed
 COMPARED = {"subject": lambda run: run["subject"], "likeness": lambda run: run["likeness"], "prompt": prompt_score}
 # what the subject is drawn against
 AGAINST = (("prompt: mean of background and position", prompt_score), ("drift", lambda run: run["drift"]))
@@ -138,11 +145,11 @@ def mean(values: list[float]) -> Interval:
     return interval(values, [0] * len(values))
 
 
-def against_default(runs: Runs, variant: str, score: Callable[[dict[str, Any]], float]) -> Interval | None:
-    """How much a variant's score differs from that of the default's runs with the same sprite and seed."""
-    own, default = of_variant(runs, variant), of_variant(runs, DEFAULT)
-    shared = sorted(own.keys() & default.keys())
-    return mean([score(own[key]) - score(default[key]) for key in shared]) if shared else None
+def against_baseline(runs: Runs, variant: str, score: Callable[[dict[str, Any]], float]) -> Interval | None:
+    """How much a variant's score differs from that of the baseline's runs with the same sprite and seed."""
+    own, baseline = of_variant(runs, variant), of_variant(runs, BASELINE)
+    shared = sorted(own.keys() & baseline.keys())
+    return mean([score(own[key]) - score(baseline[key]) for key in shared]) if shared else None
 
 
 def seed_spread(own: dict[str, dict[str, Any]]) -> float:
@@ -163,7 +170,7 @@ def _signed(found: Interval | None) -> str:
 
 def table(runs: Runs) -> str:
     """The runs in Markdown, a row a variant."""
-    titles = ("variant", "runs", *COLUMNS, "spread", *(f"{name} − default" for name in COMPARED))
+    titles = ("variant", "runs", *COLUMNS, "spread", *(f"{name} − baseline" for name in COMPARED))
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
         own = list(of_variant(runs, variant).values())
@@ -172,8 +179,8 @@ def table(runs: Runs) -> str:
         cells += [f"{means[column].mean:.3f}" for column in COLUMNS[1:6]]
         cells += [f"{means['seconds'].mean:.0f}", f"{means['parameters'].mean:,.0f}"]
         cells += [f"{seed_spread(of_variant(runs, variant)):.3f}"]
-        own_row = variant == DEFAULT
-        cells += ["" if own_row else _signed(against_default(runs, variant, score)) for score in COMPARED.values()]
+        own_row = variant == BASELINE
+        cells += ["" if own_row else _signed(against_baseline(runs, variant, score)) for score in COMPARED.values()]
         lines.append(f"| {' | '.join([variant, str(len(own)), *cells])} |")
     return "\n".join(lines)
 

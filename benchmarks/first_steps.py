@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.concepts import DEFAULT, SPRITES, VARIANTS
+from benchmarks.concepts import CHOSEN, SPRITES, VARIANTS, settings_of
 from benchmarks.evaluation import SCORED, scores
 from benchmarks.runs import keep, read_kept
 from trainer import commandline
@@ -44,7 +44,7 @@ def measure(variant: str, sprite: Path) -> dict[int, dict[str, float]]:
         fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "holdout": 0, "report_to": "none"}
         fixed |= {"evaluate_every": EVERY, "keep_evaluated": True, "early_stop": False, "workers": 0}
         try:
-            job.train(JobSettings(**fixed | VARIANTS[variant]), progress=stop_after)
+            job.train(JobSettings(**fixed | settings_of(variant)), progress=stop_after)
         except Enough:
             return scores(sprite, folder / "out" / "weights", STEPS)
     raise RuntimeError(f"the job ended before step {STEPS[-1]}")
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON that results are kept in")
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[DEFAULT], metavar="VARIANT")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[CHOSEN], metavar="VARIANT")
     parser.add_argument("--sprite", type=Path, default=SPRITES[0], help="an RGBA drawing (default: the robot)")
     args = parser.parse_args(argv)
     results = read_kept(args.out)

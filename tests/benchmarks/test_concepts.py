@@ -24,31 +24,31 @@ def run(subject: float, background: float = 1.0, position: float = 1.0) -> dict:
 
 
 RUNS = {
-    "default/robot/0": run(0.9),
-    "default/robot/1": run(0.5),
-    "default/snail/0": run(0.1),
+    "baseline/robot/0": run(0.9),
+    "baseline/robot/1": run(0.5),
+    "baseline/snail/0": run(0.1),
     "rank 8/robot/0": run(0.8, background=0.5),
     "rank 8/robot/1": run(0.4, background=0.5),
 }
 
 
 def test_every_variant_is_a_job_that_can_be_asked_for() -> None:
-    for overrides in concepts.VARIANTS.values():
-        JobSettings(input_images="pictures.zip", **overrides)
-    assert len(concepts.SPRITES) >= 4 and concepts.VARIANTS[concepts.DEFAULT] == {}
+    for variant in concepts.VARIANTS:
+        JobSettings(input_images="pictures.zip", **concepts.settings_of(variant))
+    assert len(concepts.SPRITES) >= 4 and concepts.VARIANTS[concepts.BASELINE] == {}
 
 
-def test_a_variant_is_compared_with_the_default_of_the_same_sprite_and_seed() -> None:
-    found = concepts.against_default(RUNS, "rank 8", lambda one: one["subject"])
+def test_a_variant_is_compared_with_the_baseline_of_the_same_sprite_and_seed() -> None:
+    found = concepts.against_baseline(RUNS, "rank 8", lambda one: one["subject"])
     assert found.mean == pytest.approx(-0.1) and found.low == pytest.approx(found.high)
-    prompt = concepts.against_default(RUNS, "rank 8", concepts.prompt_score)
+    prompt = concepts.against_baseline(RUNS, "rank 8", concepts.prompt_score)
     assert prompt.mean == pytest.approx(-0.25)
-    assert concepts.against_default(RUNS, "DoRA", concepts.prompt_score) is None
+    assert concepts.against_baseline(RUNS, "DoRA", concepts.prompt_score) is None
 
 
 def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
     lines = concepts.table(RUNS).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| default", "| rank 8"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| baseline", "| rank 8"]
     assert "| 0.50 (" in lines[2] and lines[2].endswith("|  |  |  |")
     assert "-0.100 (-0.100 to -0.100) | -0.050 (-0.050 to -0.050) | -0.250" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
@@ -65,14 +65,14 @@ def test_the_prompt_that_a_variant_is_aligned_to_is_the_one_that_is_drawn() -> N
 
 def test_the_scenes_table_has_the_variants_that_drew_it() -> None:
     scene = {"subject": 0.25, "background": 1.0, "position": 0.75}
-    runs = {"default/robot/0": run(0.9) | {"scene": scene}, "rank 8/robot/0": run(0.8)}
+    runs = {"baseline/robot/0": run(0.9) | {"scene": scene}, "rank 8/robot/0": run(0.8)}
     lines = concepts.scene_table(runs).splitlines()
-    assert len(lines) == 3 and lines[2].startswith("| default | 1 | 0.25 (0.25 to 0.25) | 1.00")
+    assert len(lines) == 3 and lines[2].startswith("| baseline | 1 | 0.25 (0.25 to 0.25) | 1.00")
 
 
 def test_the_spread_is_that_over_the_seeds_and_not_over_the_sprites() -> None:
-    default = concepts.of_variant(RUNS, concepts.DEFAULT)
-    assert concepts.seed_spread(default) == pytest.approx((0.2**2 / 2) ** 0.5)  # 0.9 and 0.5; the snail ran once
+    baseline = concepts.of_variant(RUNS, concepts.BASELINE)
+    assert concepts.seed_spread(baseline) == pytest.approx((0.2**2 / 2) ** 0.5)  # 0.9 and 0.5; the snail ran once
 
 
 def test_the_plot_is_the_same_for_the_same_runs(tmp_path: Path) -> None:
