@@ -33,6 +33,7 @@ BASELINE = "baseline"
 START: dict[str, Any] = {"n_tokens": 3}  # what every variant changes: three tokens, and no class word
 SCENE = ("striped", "green", "left")  # that a prompt is aligned to
 CHOSEN = "class word, 8 tokens"  # the toybox's recipe, by what this table says
+BETTER_TOKENS: dict[str, Any] = {"class_word": "sticker", "n_tokens": 8}
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.006}
 VARIANTS: dict[str, dict[str, Any]] = {
     BASELINE: {},
@@ -44,8 +45,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 token": {"n_tokens": 1},
     "8 tokens": {"n_tokens": 8},
     "class word": {"class_word": "sticker"},
-    CHOSEN: {"class_word": "sticker", "n_tokens": 8},
-    "class word, 8 tokens, no std penalty": {"class_word": "sticker", "n_tokens": 8, "token_std_penalty": 0.0},
+    CHOSEN: BETTER_TOKENS,
+    f"{CHOSEN}, no std penalty": BETTER_TOKENS | {"token_std_penalty": 0.0},
+    f"{CHOSEN}, AdamW": BETTER_TOKENS | ADAMW,
+    f"{CHOSEN}, Prodigy for the LoRA": BETTER_TOKENS | {"optimizer": "prodigy"},
     "no std penalty": {"token_std_penalty": 0.0},
     "L1 0.03": {"lora_l1_penalty": 0.03},
     "no preservation": {"preservation_weight": 0.0},
@@ -64,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "AdamW, 450 steps": ADAMW | {"max_train_steps": 450},  # the default before Muon
     "AdamW, LoRA+ 16": ADAMW | {"lora_plus_ratio": 16.0, "learning_rate": 0.001},
     "LoKr": {"adapter_type": "lokr"},
+    "LoKr, factor 2": {"adapter_type": "lokr", "lokr_factor": 2},
     "OFT, attention": {"adapter_type": "oft", "lora_targets": "attention"},
     "covariance 0.01": {"token_covariance_penalty": 0.01},
     "conditioning norm 0.1": {"conditioning_norm_penalty": 0.1, "class_word": "sticker"},
