@@ -20,13 +20,16 @@ from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.judging import SubjectJudge
 from benchmarks.runs import ROOT, run_missing, trained_numbers
 from benchmarks.step import machine
 from trainer import commandline
 from trainer.evaluation.bootstrap import Interval, interval
+
+if TYPE_CHECKING:
+    from trainer.job import JobResult
 
 SPRITES = sorted((ROOT / "toybox" / "sprites").glob("*.png"))
 BASELINE = "baseline"
@@ -101,20 +104,25 @@ def settings_of(variant: str) -> dict[str, Any]:
     return START | VARIANTS[variant]
 
 
-def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
-    """One run."""
+def trained(variant: str, sprite: Path, seed: int, folder: Path) -> JobResult:
+    """The real job on all of the pictures to the last step, in an empty folder; its results lie in `out`."""
     from toybox import concept
     from trainer import job
     from trainer.config import JobSettings
 
+    wanted = ["--masks"] if variant in MASKED else []
+    concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip"), *wanted])
+    fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "seed": seed, "holdout": 0}
+    fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
+    fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
+    return job.train(JobSettings(**fixed | settings_of(variant)))
+
+
+def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
+    """One run."""
     with tempfile.TemporaryDirectory(prefix="concepts-") as name:
         folder = Path(name)
-        wanted = ["--masks"] if variant in MASKED else []
-        concept.main(["--sprite", str(sprite), "--out", str(folder / "data.zip"), *wanted])
-        fixed = {"input_images": folder / "data.zip", "output_dir": folder / "out", "seed": seed, "holdout": 0}
-        fixed |= {"evaluate_every": 10**6, "early_stop": False, "report_to": "none", "workers": 0}
-        fixed |= {"preview_prompts": ("TOK",), "preview_seeds": (0,)}
-        result = job.train(JobSettings(**fixed | settings_of(variant)))
+        result = trained(variant, sprite, seed, folder)
         judge = _judge(sprite)
         found = judge.adapter_scores(result.archive)
         scene = {"scene": judge.scene_scores(result.archive, *SCENE)} if variant in WITH_SCENE else {}

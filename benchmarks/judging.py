@@ -36,12 +36,16 @@ class SubjectJudge:
         with self._precision():
             return drawing_with(self.generator)(self._task.subject_prompts(trigger))
 
-    def adapter_scores(self, weights: Path, trigger: str = "TOK") -> dict[str, Any]:
-        """What `toybox.score.judge_adapter` says of an archive's weights; the generator holds none before and after."""
-        from toybox.score import draw_adapter, judge_adapter
+    def adapter_scores(self, weights: Path, trigger: str = "TOK", **drawn: Any) -> dict[str, Any]:
+        """What `toybox.score.judge_adapter` says of an archive's weights, drawn with these fields of DrawSettings; the
+        generator holds none before and after.
+        """
+        from toybox.score import draw_adapter, drawing_with, judge_adapter
 
         with self._precision():
-            pictures = draw_adapter(self.generator, weights, self._task, trigger, self._unadapted)
+            before = self._unadapted
+            self.generator.use(weights)
+            pictures = draw_adapter(drawing_with(self.generator, **drawn), self._task, trigger, before)
         self.generator.release()
         return judge_adapter(self._sprite, self._task, pictures)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -45,11 +45,15 @@ Draw = Callable[[list[str]], Pictures]
 Table = dict[str, dict[str, float]]
 
 
-def drawing_with(generator: Generator) -> Draw:
-    """Drawing one picture per prompt, the i-th always with the same seed, with whatever the generator holds."""
+def drawing_with(generator: Generator, **drawn: Any) -> Draw:
+    """Drawing one picture per prompt, the i-th always with the same seed, with whatever the generator holds.
+
+    `drawn` are fields of DrawSettings.
+    """
     from trainer.generate import DrawSettings
 
-    return lambda prompts: generator.draw_prompts(prompts, picture_seeds(len(prompts)), DrawSettings(prompt=""))
+    settings = DrawSettings(prompt="", **drawn)
+    return lambda prompts: generator.draw_prompts(prompts, picture_seeds(len(prompts)), settings)
 
 
 def shares(pictures: Pictures, scenes: list[Scene]) -> dict[str, float]:
@@ -143,12 +147,8 @@ def judge_adapter(sprite: Image.Image, task: AdapterTask, pictures: AdapterPictu
     }
 
 
-def draw_adapter(
-    generator: Generator, weights: Path, task: AdapterTask, trigger: str, before: Pictures
-) -> AdapterPictures:
-    """What an archive's weights draw for a task, beside what the base model drew for its unrelated prompts."""
-    generator.use(weights)
-    draw = drawing_with(generator)
+def draw_adapter(draw: Draw, task: AdapterTask, trigger: str, before: Pictures) -> AdapterPictures:
+    """What weights in use draw for a task, beside what the base model drew for its unrelated prompts."""
     return AdapterPictures(draw(task.subject_prompts(trigger)), before, draw(task.unrelated_prompts()))
 
 
@@ -165,7 +165,8 @@ def score_adapter(args: argparse.Namespace) -> dict[str, object]:
     task = AdapterTask.of(sprite, args.pictures)
     generator = Generator(args.base_model or manifest.base_model, args.device)
     before = drawing_with(generator)(task.unrelated_prompts())
-    pictures = draw_adapter(generator, args.weights, task, args.trigger or manifest.trigger_word, before)
+    generator.use(args.weights)
+    pictures = draw_adapter(drawing_with(generator), task, args.trigger or manifest.trigger_word, before)
     rates = finder_rates(sprite, args.calibration, CALIBRATION_SEED, blurred)
     trust = {"accepted": round(rates.accepted["sprite"], 4), "wrong": round(rates.wrong["sprite"], 4)}
     return judge_adapter(sprite, task, pictures) | {"calibration": trust}
