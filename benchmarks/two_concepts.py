@@ -21,8 +21,11 @@ from trainer import commandline
 
 WORDS = ("ROB", "TEA")
 PAIR = (SPRITES[0].with_name("robot.png"), SPRITES[0].with_name("teapot.png"))
+CLASSED = [{"folder": word, "trigger_word": word, "class_word": "sticker"} for word in WORDS]
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
+    "class words": {"concepts": CLASSED},
+    "class words, 600 steps": {"concepts": CLASSED, "max_train_steps": 600},
     "masks, attention in them": {"token_attention_penalty": 0.1},
 }
 SHARED: dict[str, Any] = {"concepts": "folders", "holdout": 0, "report_to": "none", "early_stop": False, "workers": 0}

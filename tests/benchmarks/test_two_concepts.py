@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from benchmarks import two_concepts
+from trainer.config import JobSettings
+
+
+def test_every_run_is_a_job_that_can_be_asked_for() -> None:
+    for changes in two_concepts.RUNS.values():
+        JobSettings(input_images="pictures.zip", **two_concepts.SHARED | changes)
 
 
 def test_presence_counts_each_and_both() -> None:
