@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,7 @@ SCENE_PICTURES = 32
 
 
 class SubjectJudge:
-    """Draws what a sprite's adapter is asked for, with whatever `generator` holds, and has the oracle look at it.
-
-    It draws in the precision that training would take: in bf16 on a CPU that is fast at it, where `generator` alone
-    draws in fp32. That takes half the time, and the pictures differ by 0.1 % of their range.
-    """
+    """Draws what a sprite's adapter is asked for, with whatever `generator` holds, and has the oracle look at it."""
 
     def __init__(self, sprite: Path, base_model: str = "toybox"):
         from toybox.finder import Finder
@@ -33,8 +28,7 @@ class SubjectJudge:
         """A picture for each prompt, always with the same seeds; `trigger` may be several words."""
         from toybox.score import drawing_with
 
-        with self._precision():
-            return drawing_with(self.generator)(self._task.subject_prompts(trigger))
+        return drawing_with(self.generator)(self._task.subject_prompts(trigger))
 
     def adapter_scores(self, weights: Path, trigger: str = "TOK", **drawn: Any) -> dict[str, Any]:
         """What `toybox.score.judge_adapter` says of an archive's weights, drawn with these fields of DrawSettings; the
@@ -42,10 +36,9 @@ class SubjectJudge:
         """
         from toybox.score import draw_adapter, drawing_with, judge_adapter
 
-        with self._precision():
-            before = self._unadapted
-            self.generator.use(weights)
-            pictures = draw_adapter(drawing_with(self.generator, **drawn), self._task, trigger, before)
+        before = self._unadapted
+        self.generator.use(weights)
+        pictures = draw_adapter(drawing_with(self.generator, **drawn), self._task, trigger, before)
         self.generator.release()
         return judge_adapter(self._sprite, self._task, pictures)
 
@@ -58,8 +51,7 @@ class SubjectJudge:
         scene = Pasted(Background(background, colour), position, size="", jitter=(0.0, 0.0))
         task = AdapterTask([scene] * SCENE_PICTURES, [])
         self.generator.use(weights)
-        with self._precision():
-            pictures = drawing_with(self.generator)(task.subject_prompts("TOK"))
+        pictures = drawing_with(self.generator)(task.subject_prompts("TOK"))
         self.generator.release()
         return judge_subjects(self._finder, task, pictures)
 
@@ -67,17 +59,7 @@ class SubjectJudge:
     def _unadapted(self) -> list[Image.Image]:
         from toybox.score import drawing_with
 
-        with self._precision():
-            return drawing_with(self.generator)(self._task.unrelated_prompts())
-
-    def _precision(self) -> AbstractContextManager:
-        import torch
-
-        from trainer.devices import DTYPES, training_precision
-
-        device = self.generator.device
-        dtype = DTYPES[training_precision("auto", device)]
-        return torch.autocast("cpu", dtype) if device.type == "cpu" and dtype != torch.float32 else nullcontext()
+        return drawing_with(self.generator)(self._task.unrelated_prompts())
 
     def scores(self, pictures: list[Image.Image]) -> dict[str, float]:
         """subject, background, position and likeness (0..1) of pictures in the order of `draw`."""

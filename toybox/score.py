@@ -48,12 +48,23 @@ Table = dict[str, dict[str, float]]
 def drawing_with(generator: Generator, **drawn: Any) -> Draw:
     """Drawing one picture per prompt, the i-th always with the same seed, with whatever the generator holds.
 
-    `drawn` are fields of DrawSettings.
+    `drawn` are fields of DrawSettings. The precision is what training would take: bf16 on a CPU that is fast at it,
+    where the generator alone draws in fp32. That takes half the time, and pictures differ by 0.1 % of their range.
     """
+    import torch
+
+    from trainer.devices import DTYPES, training_precision
     from trainer.generate import DrawSettings
 
-    settings = DrawSettings(prompt="", **drawn)
-    return lambda prompts: generator.draw_prompts(prompts, picture_seeds(len(prompts)), settings)
+    settings, device = DrawSettings(prompt="", **drawn), generator.device
+    dtype = DTYPES[training_precision("auto", device)]
+    lower = device.type == "cpu" and dtype != torch.float32
+
+    def draw(prompts: list[str]) -> Pictures:
+        with torch.autocast("cpu", dtype, enabled=lower):
+            return generator.draw_prompts(prompts, picture_seeds(len(prompts)), settings)
+
+    return draw
 
 
 def shares(pictures: Pictures, scenes: list[Scene]) -> dict[str, float]:
