@@ -5,8 +5,9 @@ on one thread of a process beside, and the oracle judges 64 pictures that its we
 is not made again, so the benchmark may be stopped at any time. `--plot` draws the variants, subject against prompt
 and against drift.
 
-Told are the means over the runs with 95 % intervals (resampled runs), how much subject, likeness and prompt differ from
-the baseline's run with the same sprite and seed, and the spread of the subject's score over the seeds of a sprite.
+Told are the means over the runs of the first SEEDS seeds with 95 % intervals (resampled runs), how much subject,
+likeness and prompt differ from the baseline's run with the same sprite and seed, and the spread of the subject's score
+over the seeds of a sprite; where a sprite was run with more seeds, a table of its own has the spread over all of them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{CHOSEN}, no std penalty": BETTER_TOKENS | {"token_std_penalty": 0.0},
     f"{CHOSEN}, AdamW": BETTER_TOKENS | ADAMW,
     f"{CHOSEN}, Prodigy for the LoRA": BETTER_TOKENS | {"optimizer": "prodigy"},
+    f"{CHOSEN}, from the text": BETTER_TOKENS | {"token_text_warmup": 100},
     "no std penalty": {"token_std_penalty": 0.0},
     "L1 0.03": {"lora_l1_penalty": 0.03},
     "no preservation": {"preservation_weight": 0.0},
@@ -87,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "perfusion": {"method": "perfusion", "class_word": "sticker"},
     "no tokens": {"method": "lora"},
 }
+SEEDS = 3  # that the variants are compared over
 MASKED = ("masks", "masks, attention in them")  # variants whose pictures come with masks
 WITH_SCENE = (BASELINE, "class word", "aligned to a prompt")  # variants that SCENE's prompt alone is drawn with, too
 SCORES = ("subject", "likeness", "background", "position", "drift", "bleed")
@@ -153,6 +156,11 @@ def of_variant(runs: Runs, variant: str) -> dict[str, dict[str, Any]]:
     return {key.partition("/")[2]: run for key, run in runs.items() if key.partition("/")[0] == variant}
 
 
+def first_seeds(runs: Runs) -> Runs:
+    """Those that are compared: more seeds of some variants on a sprite would weigh it more."""
+    return {key: run for key, run in runs.items() if int(key.rpartition("/")[2]) < SEEDS}
+
+
 def mean(values: list[float]) -> Interval:
     return interval(values, [0] * len(values))
 
@@ -181,7 +189,8 @@ def _signed(found: Interval | None) -> str:
 
 
 def table(runs: Runs) -> str:
-    """The runs in Markdown, a row a variant."""
+    """The runs of the first seeds in Markdown, a row a variant."""
+    runs = first_seeds(runs)
     titles = ("variant", "runs", *COLUMNS, "spread", *(f"{name} − baseline" for name in COMPARED))
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in (name for name in VARIANTS if of_variant(runs, name)):
@@ -199,6 +208,7 @@ def table(runs: Runs) -> str:
 
 def scene_table(runs: Runs) -> str:
     """Of the variants that drew SCENE's prompt alone, how well it was obeyed: Markdown, a row a variant."""
+    runs = first_seeds(runs)
     columns = ("subject", "background", "position")
     lines = [f"| one prompt | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for variant in WITH_SCENE:
@@ -209,11 +219,28 @@ def scene_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def spread_table(runs: Runs) -> str:
+    """How far the seeds of a sprite are apart, where a variant was run with more than SEEDS of them: Markdown."""
+    scores = ("subject", "likeness")
+    titles = [f"{title}{of}" for of in scores for title in ("", "least ", "deviation of ")]
+    lines = [f"| sprite | variant | seeds | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
+    more = {tuple(key.split("/")[1::-1]) for key in runs.keys() - first_seeds(runs).keys()}
+    for sprite, variant in sorted(more, key=lambda pair: (pair[0], list(VARIANTS).index(pair[1]))):
+        own = [run for key, run in of_variant(runs, variant).items() if key.partition("/")[0] == sprite]
+        cells = []
+        for name in scores:
+            values = [run[name] for run in own]
+            cells += [statistics.mean(values), min(values), statistics.pstdev(values)]
+        lines.append(f"| {sprite} | {variant} | {len(own)} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def plot(runs: Runs, path: Path) -> None:
-    """Subject against prompt and against drift, a point a variant with its intervals."""
+    """Subject against prompt and against drift, a point a variant with its intervals, of the first seeds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    runs = first_seeds(runs)
     with rc_context({"svg.hashsalt": "concepts"}):
         figure = Figure(figsize=(12, 7), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -244,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, help="JSON that the runs are kept in")
     result.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     result.add_argument("--sprite", type=Path, nargs="+", default=SPRITES, help="RGBA drawings (default: the four)")
-    result.add_argument("--seeds", type=int, default=3, help="runs with seeds 0, 1, ... (default 3)")
+    result.add_argument("--seeds", type=int, default=SEEDS, help=f"runs with seeds 0, 1, ... (default {SEEDS})")
     result.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; a GPU has room for several)")
     result.add_argument("--plot", type=Path, help="SVG or PNG to draw")
     return result
@@ -257,7 +284,7 @@ def main(argv: list[str]) -> None:
     wanted = product(range(args.seeds), sprites, args.variant)
     given = {f"{variant}/{name}/{seed}": (variant, sprites[name], seed) for seed, name, variant in wanted}
     runs: Runs = run_missing(args.out, measure, given, args.jobs, apart=False)
-    print(table(runs), scene_table(runs), sep="\n\n")
+    print(table(runs), scene_table(runs), spread_table(runs), sep="\n\n")
     if args.plot:
         plot(runs, args.plot)
 

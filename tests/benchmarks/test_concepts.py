@@ -75,6 +75,14 @@ def test_the_spread_is_that_over_the_seeds_and_not_over_the_sprites() -> None:
     assert concepts.seed_spread(baseline) == pytest.approx((0.2**2 / 2) ** 0.5)  # 0.9 and 0.5; the snail ran once
 
 
+def test_more_seeds_of_a_sprite_stand_in_a_table_of_their_own() -> None:
+    more = RUNS | {f"baseline/robot/{seed}": run(0.1) for seed in range(2, 8)}
+    assert "| baseline | 4 | 0.40 (" in concepts.table(more)  # robot 0.9, 0.5, 0.1 and the snail's 0.1
+    assert len(concepts.spread_table(RUNS).splitlines()) == 2
+    lines = concepts.spread_table(more).splitlines()
+    assert lines[2:] == ["| robot | baseline | 8 | 0.250 | 0.100 | 0.278 | 0.125 | 0.050 | 0.139 |"]
+
+
 def test_the_plot_is_the_same_for_the_same_runs(tmp_path: Path) -> None:
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     concepts.plot(RUNS, first)
