@@ -79,7 +79,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "conditioning noise 0.1": {"conditioning_noise": 0.1},
     "masks": {},
     "masks, attention in them": {"token_attention_penalty": 0.1},
-    "tokens first, 0.1": {"token_warmup": 0.1},
     "tokens from the text, 100": {"token_text_warmup": 100, "class_word": "sticker"},
     "aligned to a prompt": {
         "alignment_prompt": "{{trigger}} on a {} {} background on the {}".format(*SCENE),
@@ -161,6 +160,12 @@ def first_seeds(runs: Runs) -> Runs:
     return {key: run for key, run in runs.items() if int(key.rpartition("/")[2]) < SEEDS}
 
 
+def measured_variants(runs: Runs) -> list[str]:
+    """The variants that have runs; last those that are no more, whose switch these runs spoke against."""
+    ran = dict.fromkeys(key.partition("/")[0] for key in runs)
+    return [name for name in VARIANTS if name in ran] + [name for name in ran if name not in VARIANTS]
+
+
 def mean(values: list[float]) -> Interval:
     return interval(values, [0] * len(values))
 
@@ -193,7 +198,7 @@ def table(runs: Runs) -> str:
     runs = first_seeds(runs)
     titles = ("variant", "runs", *COLUMNS, "spread", *(f"{name} − baseline" for name in COMPARED))
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for variant in (name for name in VARIANTS if of_variant(runs, name)):
+    for variant in measured_variants(runs):
         own = list(of_variant(runs, variant).values())
         means = {column: mean([run[column] for run in own]) for column in COLUMNS}
         cells = [_told(means["subject"])]
@@ -225,7 +230,7 @@ def spread_table(runs: Runs) -> str:
     titles = [f"{title}{of}" for of in scores for title in ("", "least ", "deviation of ")]
     lines = [f"| sprite | variant | seeds | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
     more = {tuple(key.split("/")[1::-1]) for key in runs.keys() - first_seeds(runs).keys()}
-    for sprite, variant in sorted(more, key=lambda pair: (pair[0], list(VARIANTS).index(pair[1]))):
+    for sprite, variant in sorted(more, key=lambda pair: (pair[0], measured_variants(runs).index(pair[1]))):
         own = [run for key, run in of_variant(runs, variant).items() if key.partition("/")[0] == sprite]
         cells = []
         for name in scores:
@@ -244,7 +249,7 @@ def plot(runs: Runs, path: Path) -> None:
     with rc_context({"svg.hashsalt": "concepts"}):
         figure = Figure(figsize=(12, 7), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for index, variant in enumerate(name for name in VARIANTS if of_variant(runs, name)):
+        for index, variant in enumerate(measured_variants(runs)):
             own = of_variant(runs, variant).values()
             subject, marker = mean([run["subject"] for run in own]), "os^vD"[index // 10 % 5]
             for axes, (_, score) in zip(panels, AGAINST, strict=True):

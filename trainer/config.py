@@ -176,9 +176,6 @@ class RegularisationSettings(PrepareSettings):
     token_attention_penalty: float = Field(
         0.0, ge=0, description="Weight of the share of the tokens' attention that lies outside of the mask."
     )
-    token_warmup: float = Field(
-        0.0, ge=0, lt=1, description="Share of the run, its first, in which the tokens are trained alone (pivotal)."
-    )
     token_text_warmup: int = Field(
         0,
         ge=0,
@@ -356,10 +353,6 @@ class JobSettings(
             raise ValueError("alignment_prompt and alignment_weight go together: give both or neither")
         if self.alignment_weight and ("{trigger}" not in self.alignment_prompt or self.method in ("full", "condition")):
             raise ValueError("alignment_prompt needs {trigger} in it, and a method that keeps the base model beside")
-        if self.token_warmup and self.method != "pivotal":
-            raise ValueError(f"token_warmup goes with method pivotal, not {self.method}")
-        if self.token_warmup > self.pivot_fraction:
-            raise ValueError("token_warmup above pivot_fraction leaves steps in which nothing is trained: lower it")
         if self.token_text_warmup and (not (self.class_word or self.concepts) or self.init_adapter):
             raise ValueError("token_text_warmup needs class_word to begin from, and no init_adapter, which has tokens")
         if self.lora_plus_ratio != 1:

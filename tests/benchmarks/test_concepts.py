@@ -54,6 +54,11 @@ def test_the_table_has_a_row_for_each_variant_that_ran() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_variant_that_is_no_more_keeps_its_row() -> None:
+    lines = concepts.table({"its switch is gone/robot/0": run(0.2)} | RUNS).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| baseline", "| rank 8", "| its switch is gone"]
+
+
 def test_the_prompt_that_a_variant_is_aligned_to_is_the_one_that_is_drawn() -> None:
     from toybox.captions import compose
     from toybox.world import Background

@@ -251,22 +251,3 @@ def test_lora_plus_takes_dora_and_the_text_encoders_apart(lab, create):
         assert groups[1].learning_rate == 16 * groups[0].learning_rate
         assert all(not p.any() for p in groups[1].parameters) and all(p.any() for p in groups[0].parameters)
         method.detach(lab.family)
-
-
-def test_tokens_are_trained_alone_first_and_the_weights_schedule_begins_after(settings, train_on, dataset):
-    job = settings(token_warmup=0.25, max_train_steps=8, lr_warmup_steps=2, lr_schedule="linear", **EVERY_STEP)
-    trained = train_on(job, dataset)
-    kept = [state["parameters"] for state in states(job.output_dir)]
-    assert not any(p.any() for p in kept[1][1:-1:2])  # the matrices B after two steps
-    assert torch.equal(kept[0][0], kept[1][0]) and not torch.equal(kept[0][-1], kept[1][-1])
-    assert all(p.any() for p in kept[2][1:-1:2])
-    for i, row in enumerate(trained.rows):
-        wanted = 1e-3 * weights_factor("linear", (i - 2) / 6, 2 / 6) if i >= 2 else 0.0
-        assert row["lr/weights"] == pytest.approx(wanted, abs=1e-9)
-
-
-def test_without_a_token_warmup_the_schedule_is_what_it_was_bit_for_bit(create):
-    for variant in ("pivotal", "lora"):
-        method = create(variant, max_train_steps=37, lr_warmup_steps=5)
-        for step in range(37):
-            assert method.schedule(step / 37)["weights"] == weights_factor("cosine", step / 37, 5 / 37)

@@ -207,8 +207,6 @@ MISFITS = {
     "token_text_warmup goes": {"method": "lora", "token_text_warmup": 3, "class_word": "dog"},
     "needs class_word": {"token_text_warmup": 3},
     "conditioning_norm_penalty": {"method": "lora", "conditioning_norm_penalty": 1.0},
-    "token_warmup goes": {"method": "lora", "token_warmup": 0.1},
-    "nothing is trained": {"token_warmup": 0.8, "pivot_fraction": 0.7},
     "two matrices": {"method": "full", "lora_plus_ratio": 4.0},
     "prodigy": {"lora_plus_ratio": 4.0, "optimizer": "prodigy"},
 }
@@ -228,7 +226,6 @@ def test_the_training_goes_on_exactly_with_all_of_them(settings, train_on, maske
         "token_covariance_penalty": 0.1,
         "token_attention_penalty": 0.1,
         "token_text_warmup": 3,
-        "token_warmup": 0.3,
         "lora_plus_ratio": 4.0,
         "class_word": "dog",
     }

@@ -17,7 +17,7 @@ from trainer.artifact import Manifest
 from trainer.config import JobSettings
 from trainer.families.base import DENOISER, Drawable, Family
 from trainer.methods import adapters
-from trainer.methods.base import Method, ParameterGroup, weights_factor
+from trainer.methods.base import Method, ParameterGroup, scheduled
 
 WEIGHTS, TEXT_WEIGHTS = "weights", "text_weights"
 UP = "_up"  # behind a group's name: LoRA's matrices B, where they have a learning rate of their own
@@ -68,11 +68,7 @@ class Lora(Method):
         return lora_groups(self.settings, groups, [family.module(name) for name in self._nets])
 
     def schedule(self, progress: float) -> dict[str, float]:
-        settings, alone = self.settings, self.settings.token_warmup
-        left, factor = 1 - alone, 0.0
-        if progress >= alone:
-            warmup = settings.lr_warmup_steps / settings.max_train_steps / left
-            factor = weights_factor(settings.lr_schedule, (progress - alone) / left, warmup)
+        factor = scheduled(self.settings, progress)
         return dict.fromkeys((WEIGHTS, WEIGHTS + UP, TEXT_WEIGHTS, TEXT_WEIGHTS + UP), factor)
 
     def penalty(self) -> Tensor | float:
