@@ -2,7 +2,7 @@
 
 The real job by variants of benchmarks.concepts, stopped after the last of STEPS; the oracle judges what the weights of
 each of STEPS draw: how often the subject is found, and the prompt's background and position obeyed. A variant that
-`--out` holds is not run again.
+`--out` holds is not run again. Likeness is how well the subject fits where it fits best.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.concepts import CHOSEN, SPRITES, VARIANTS, settings_of
-from benchmarks.evaluation import SCORED, scores
+from benchmarks.evaluation import scores
 from benchmarks.runs import keep, read_kept
 from trainer import commandline
 
 STEPS = (10, 25, 50, 100)
+COLUMNS = ("subject", "likeness", "background", "position")
 EVERY = 5  # divides each of STEPS: a job keeps the weights that it evaluates
 
 
@@ -52,10 +53,10 @@ def measure(variant: str, sprite: Path) -> dict[int, dict[str, float]]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results in Markdown."""
-    lines = [f"| variant | step | {' | '.join(SCORED)} |", "|---" * (len(SCORED) + 2) + "|"]
+    lines = [f"| variant | step | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for variant, by_step in results.items():
         for step, found in by_step.items():
-            lines.append(f"| {variant} | {step} | {' | '.join(f'{found[name]:.2f}' for name in SCORED)} |")
+            lines.append(f"| {variant} | {step} | {' | '.join(f'{found[name]:.2f}' for name in COLUMNS)} |")
     return "\n".join(lines)
 
 

@@ -16,6 +16,6 @@ def test_the_steps_looked_at_are_evaluated_and_the_job_ends_behind_the_last() ->
 
 
 def test_the_table_has_a_row_for_each_step() -> None:
-    found = {"subject": 0.0, "background": 0.5, "position": 1.0}
+    found = {"subject": 0.0, "likeness": 0.75, "background": 0.5, "position": 1.0}
     lines = first_steps.table({"default": {"10": found, "25": found | {"subject": 0.25}}}).splitlines()
-    assert lines[2:] == ["| default | 10 | 0.00 | 0.50 | 1.00 |", "| default | 25 | 0.25 | 0.50 | 1.00 |"]
+    assert lines[2:] == ["| default | 10 | 0.00 | 0.75 | 0.50 | 1.00 |", "| default | 25 | 0.25 | 0.75 | 0.50 | 1.00 |"]
