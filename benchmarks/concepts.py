@@ -247,7 +247,7 @@ def plot(runs: Runs, path: Path) -> None:
 
     runs = first_seeds(runs)
     with rc_context({"svg.hashsalt": "concepts"}):
-        figure = Figure(figsize=(12, 7), layout="constrained")
+        figure = Figure(figsize=(12, 7.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for index, variant in enumerate(measured_variants(runs)):
             own = of_variant(runs, variant).values()
@@ -261,7 +261,7 @@ def plot(runs: Runs, path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("subject found")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=6)
+        figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=5)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
