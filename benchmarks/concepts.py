@@ -97,7 +97,8 @@ Runs = dict[str, dict[str, Any]]  # by "variant/sprite/seed"
 
 
 @cache
-def _judge(sprite: Path) -> SubjectJudge:
+def judge_of(sprite: Path) -> SubjectJudge:
+    """One a sprite and process: it loads the base model, and draws what that draws by itself."""
     return SubjectJudge(sprite)
 
 
@@ -125,7 +126,7 @@ def measure(variant: str, sprite: Path, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="concepts-") as name:
         folder = Path(name)
         result = trained(variant, sprite, seed, folder)
-        judge = _judge(sprite)
+        judge = judge_of(sprite)
         found = judge.adapter_scores(result.archive)
         scene = {"scene": judge.scene_scores(result.archive, *SCENE)} if variant in WITH_SCENE else {}
         return (
@@ -230,7 +231,8 @@ def spread_table(runs: Runs) -> str:
     titles = [f"{title}{of}" for of in scores for title in ("", "least ", "deviation of ")]
     lines = [f"| sprite | variant | seeds | {' | '.join(titles)} |", "|---" * (len(titles) + 3) + "|"]
     more = {tuple(key.split("/")[1::-1]) for key in runs.keys() - first_seeds(runs).keys()}
-    for sprite, variant in sorted(more, key=lambda pair: (pair[0], measured_variants(runs).index(pair[1]))):
+    order = measured_variants(runs)
+    for sprite, variant in sorted(more, key=lambda pair: (pair[0], order.index(pair[1]))):
         own = [run for key, run in of_variant(runs, variant).items() if key.partition("/")[0] == sprite]
         cells = []
         for name in scores:

@@ -14,8 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.concepts import CHOSEN, SPRITES, trained
-from benchmarks.judging import SubjectJudge
+from benchmarks.concepts import CHOSEN, SPRITES, judge_of, trained
 from benchmarks.runs import run_missing
 from trainer import commandline
 
@@ -31,7 +30,7 @@ Rows = dict[str, dict[str, float]]  # scores by "lora_scale/name in TOKENS"
 
 def measure(sprite: Path, seed: int) -> Rows:
     """The scores of one run's weights."""
-    judge, rows = SubjectJudge(sprite), {}
+    judge, rows = judge_of(sprite), {}
     with tempfile.TemporaryDirectory(prefix="scales-") as folder:
         result = trained(CHOSEN, sprite, seed, Path(folder))
         for lora, tokens in asked():

@@ -146,13 +146,14 @@ def fill(settings: JobSettings) -> JobSettings:
     publish.check(settings)
     quantised.check_installed(settings.base_precision)
     source = settings.base_model
-    suits = families.suiting(source, settings.method)
     if settings.init_adapter is not None:
         start.check(settings.init_adapter)
-        suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
     family = families.family_class(source)
     family.check_own(settings)
     family.check(settings)
+    suits = families.suiting(source, settings.method)
+    if settings.init_adapter is not None:
+        suits = {name: value for name, value in suits.items() if name not in start.TAKEN}
     if settings.num_train_epochs is not None:
         suits.pop("max_train_steps", None)
     settings = settings.filled(suits)

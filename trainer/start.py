@@ -91,6 +91,7 @@ def agreed(settings: JobSettings, start: Start, family: Family) -> JobSettings:
         taken["use_dora"] = any(one.get("use_dora", False) for one in manifest.nets.values())
     several = bool(settings.concepts or manifest.concepts)
     counts = {len(one.tokens) for one in manifest.words if one.tokens}
+    # beside concepts the setting is a usual number, which one that is given for each may differ from
     if len(counts) == 1 and not (several and settings.n_tokens):
         taken["n_tokens"] = counts.pop()
     if manifest.method == "prefix":
