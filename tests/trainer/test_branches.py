@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from trainer.branches import BranchPlan, Placement
 from trainer.families.flux import CONDITION_TARGETS
@@ -22,6 +22,8 @@ from trainer.methods import adapters
 from trainer.methods.adapters import inject
 
 TEXT, BATCH = 5, 2
+HEADS = ["to_q", "to_k", "to_v", "norm_q", "norm_k"]
+TEXT_HEADS = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -77,76 +79,92 @@ def act(net: FluxTransformer2DModel, adapter: str | None) -> None:
             layer._active_adapter = [adapter]
 
 
-def reference(
-    net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions, main: str | None = None
-) -> Tensor:
+class OneSequence:
     """The whole as one sequence [text, picture, conditions] with a mask; every layer is applied with each branch's
     adapter, and each token takes the result that is its own.
     """
-    act(net, main)
-    tokens = [FluxPipeline._pack_latents(one.latents, *one.latents.shape) for one in chosen.pictures]
-    sizes = [given["hidden_states"].shape[1], *(one.shape[1] for one in tokens)]
-    owner = torch.cat([torch.zeros(TEXT, dtype=torch.long)] + [torch.full((n,), i) for i, n in enumerate(sizes)])
-    ids = [one.placement.ids(one.latents.shape[2] // 2, one.latents.shape[3] // 2, "cpu") for one in chosen.pictures]
-    rotary = net.pos_embed(torch.cat([given["txt_ids"], given["img_ids"], *ids]))
-    mine, other = owner[:, None], owner[None]
-    alone = torch.tensor([False, *(one.independent for one in chosen.pictures)])
-    mask = (mine == other) | (mine == 0) | ((other == 0) & ~alone[owner][:, None])
 
-    acting = [main, *(one.adapter for one in chosen.pictures)]
+    def __init__(self, net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions, main: str | None):
+        self.net, self.given, self.chosen, self.main = net, given, chosen, main
+        self.acting = [main, *(one.adapter for one in chosen.pictures)]
+        self.tokens = [FluxPipeline._pack_latents(one.latents, *one.latents.shape) for one in chosen.pictures]
+        self.length = given["hidden_states"].shape[1]
+        sizes = [self.length, *(one.shape[1] for one in self.tokens)]
+        self.text = torch.zeros(TEXT, dtype=torch.long)  # its tokens are the first branch's, too
+        self.image = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+        self.owner = torch.cat([self.text, self.image])
+        ids = [one.placement.ids(*(side // 2 for side in one.latents.shape[2:]), "cpu") for one in chosen.pictures]
+        self.rotary = net.pos_embed(torch.cat([given["txt_ids"], given["img_ids"], *ids]))
 
-    def apply(layer: Any, x: Tensor, owners: Tensor) -> Tensor:
+    def mask(self) -> Tensor:
+        mine, other = self.owner[:, None], self.owner[None]
+        alone = torch.tensor([False, *(one.independent for one in self.chosen.pictures)])
+        return (mine == other) | (mine == 0) | ((other == 0) & ~alone[self.owner][:, None])
+
+    def apply(self, layer: Any, x: Tensor, owners: Tensor) -> Tensor:
         found = torch.zeros(())
-        for branch, adapter in enumerate(acting):
-            act(net, adapter)
+        for branch, adapter in enumerate(self.acting):
+            act(self.net, adapter)
             found = torch.where((owners == branch).view(1, -1, 1), layer(x), found)
-        act(net, main)
+        act(self.net, self.main)
         return found
 
-    def temb(t: Tensor, guidance: Tensor | None) -> Tensor:
+    def temb(self, t: Tensor, guidance: Tensor | None) -> Tensor:
         scaled = [t * 1000] + ([] if guidance is None else [guidance * 1000])
-        return net.time_text_embed(*scaled, given["pooled_projections"])
+        return self.net.time_text_embed(*scaled, self.given["pooled_projections"])
 
-    clean = None if given["guidance"] is None else torch.ones(BATCH)
-    embedded = [temb(given["timestep"], given["guidance"]), temb(torch.zeros(BATCH), clean)]
-    per_token = torch.stack([embedded[int(i > 0)] for i in owner.tolist()], dim=1)
-    silu, image = torch.nn.functional.silu, owner[TEXT:]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (apply_rotary_emb(one, rotary, sequence_dim=1) for one in (q, k))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (apply_rotary_emb(one, self.rotary, sequence_dim=1) for one in (q, k))
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask()).transpose(1, 2).flatten(2)
 
-    def heads(attention: Any, x: Tensor, names: list[str], owners: Tensor) -> list[Tensor]:
-        q, k, v = (apply(getattr(attention, n), x, owners).unflatten(-1, (attention.heads, -1)) for n in names[:3])
+    def heads(self, attention: Any, x: Tensor, names: list[str], owners: Tensor) -> list[Tensor]:
+        q, k, v = (self.apply(getattr(attention, n), x, owners).unflatten(-1, (attention.heads, -1)) for n in names[:3])
         return [getattr(attention, names[3])(q), getattr(attention, names[4])(k), v]
 
-    text = net.context_embedder(given["encoder_hidden_states"])
-    picture = apply(net.x_embedder, torch.cat([given["hidden_states"], *tokens], dim=1), image)
-    none = torch.zeros(TEXT, dtype=torch.long)
-    for block in net.transformer_blocks:
-        attention = block.attn
-        mods = apply(block.norm1.linear, silu(per_token[:, TEXT:]), image).chunk(6, dim=-1)
-        text_mods = block.norm1_context.linear(silu(per_token[:, :TEXT])).chunk(6, dim=-1)
+    def double(self, block: Any, text: Tensor, picture: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        attention, image = block.attn, self.image
+        mods = self.apply(block.norm1.linear, silu(temb[:, TEXT:]), image).chunk(6, dim=-1)
+        text_mods = block.norm1_context.linear(silu(temb[:, :TEXT])).chunk(6, dim=-1)
         states = block.norm1.norm(picture) * (1 + mods[1]) + mods[0]
         text_states = block.norm1_context.norm(text) * (1 + text_mods[1]) + text_mods[0]
-        own = heads(attention, states, ["to_q", "to_k", "to_v", "norm_q", "norm_k"], image)
-        added = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"]
-        both = zip(heads(attention, text_states, added, none), own, strict=True)
-        read = attend(*(torch.cat(pair, dim=1) for pair in both))
-        picture = picture + mods[2] * apply(attention.to_out[0], read[:, TEXT:], image)
+        own = self.heads(attention, states, HEADS, image)
+        both = zip(self.heads(attention, text_states, TEXT_HEADS, self.text), own, strict=True)
+        read = self.attend(*(torch.cat(pair, dim=1) for pair in both))
+        picture = picture + mods[2] * self.apply(attention.to_out[0], read[:, TEXT:], image)
         text = text + text_mods[2] * attention.to_add_out(read[:, :TEXT])
-        picture = picture + mods[5] * apply(block.ff, block.norm2(picture) * (1 + mods[4]) + mods[3], image)
+        picture = picture + mods[5] * self.apply(block.ff, block.norm2(picture) * (1 + mods[4]) + mods[3], image)
         text = text + text_mods[5] * block.ff_context(block.norm2_context(text) * (1 + text_mods[4]) + text_mods[3])
-    whole = torch.cat([text, picture], dim=1)
-    for block in net.single_transformer_blocks:
-        mods = apply(block.norm.linear, silu(per_token), owner).chunk(3, dim=-1)
+        return text, picture
+
+    def single(self, block: Any, whole: Tensor, temb: Tensor) -> Tensor:
+        mods = self.apply(block.norm.linear, silu(temb), self.owner).chunk(3, dim=-1)
         states = block.norm.norm(whole) * (1 + mods[1]) + mods[0]
-        read = attend(*heads(block.attn, states, ["to_q", "to_k", "to_v", "norm_q", "norm_k"], owner))
-        mlp = block.act_mlp(apply(block.proj_mlp, states, owner))
-        whole = whole + mods[2] * apply(block.proj_out, torch.cat([read, mlp], dim=2), owner)
-    image_tokens = whole[:, TEXT : TEXT + sizes[0]]
-    return net.proj_out(net.norm_out(image_tokens, embedded[0]))
+        read = self.attend(*self.heads(block.attn, states, HEADS, self.owner))
+        mlp = block.act_mlp(self.apply(block.proj_mlp, states, self.owner))
+        return whole + mods[2] * self.apply(block.proj_out, torch.cat([read, mlp], dim=2), self.owner)
+
+    def predict(self) -> Tensor:
+        net, given = self.net, self.given
+        clean = None if given["guidance"] is None else torch.ones(BATCH)
+        noisy, condition = self.temb(given["timestep"], given["guidance"]), self.temb(torch.zeros(BATCH), clean)
+        temb = torch.where((self.owner == 0)[:, None], noisy[:, None], condition[:, None])
+        text = net.context_embedder(given["encoder_hidden_states"])
+        picture = self.apply(net.x_embedder, torch.cat([given["hidden_states"], *self.tokens], dim=1), self.image)
+        for block in net.transformer_blocks:
+            text, picture = self.double(block, text, picture, temb)
+        whole = torch.cat([text, picture], dim=1)
+        for block in net.single_transformer_blocks:
+            whole = self.single(block, whole, temb)
+        return net.proj_out(net.norm_out(whole[:, TEXT : TEXT + self.length], noisy))
+
+
+def reference(
+    net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions, main: str | None = None
+) -> Tensor:
+    """What the net should predict where `main` is the picture's and the text's adapter."""
+    act(net, main)
+    return OneSequence(net, given, chosen, main).predict()
 
 
 @pytest.mark.parametrize("independent", [False, True])
