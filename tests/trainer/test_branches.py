@@ -85,7 +85,7 @@ class OneSequence:
     """
 
     def __init__(self, net: FluxTransformer2DModel, given: dict[str, Any], chosen: Conditions, main: str | None):
-        self.net, self.given, self.chosen, self.main = net, given, chosen, main
+        self.net, self.given, self.main = net, given, main
         self.acting = [main, *(one.adapter for one in chosen.pictures)]
         self.tokens = [FluxPipeline._pack_latents(one.latents, *one.latents.shape) for one in chosen.pictures]
         self.length = given["hidden_states"].shape[1]
@@ -95,11 +95,9 @@ class OneSequence:
         self.owner = torch.cat([self.text, self.image])
         ids = [one.placement.ids(*(side // 2 for side in one.latents.shape[2:]), "cpu") for one in chosen.pictures]
         self.rotary = net.pos_embed(torch.cat([given["txt_ids"], given["img_ids"], *ids]))
-
-    def mask(self) -> Tensor:
         mine, other = self.owner[:, None], self.owner[None]
-        alone = torch.tensor([False, *(one.independent for one in self.chosen.pictures)])
-        return (mine == other) | (mine == 0) | ((other == 0) & ~alone[self.owner][:, None])
+        alone = torch.tensor([False, *(one.independent for one in chosen.pictures)])
+        self.mask = (mine == other) | (mine == 0) | ((other == 0) & ~alone[self.owner][:, None])
 
     def apply(self, layer: Any, x: Tensor, owners: Tensor) -> Tensor:
         found = torch.zeros(())
@@ -116,7 +114,7 @@ class OneSequence:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = (apply_rotary_emb(one, self.rotary, sequence_dim=1) for one in (q, k))
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask()).transpose(1, 2).flatten(2)
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2)
 
     def heads(self, attention: Any, x: Tensor, names: list[str], owners: Tensor) -> list[Tensor]:
         q, k, v = (self.apply(getattr(attention, n), x, owners).unflatten(-1, (attention.heads, -1)) for n in names[:3])
