@@ -67,6 +67,9 @@ class SubjectJudge:
 
         return judge_subjects(self._finder, self._task, pictures)
 
-    def found(self, pictures: list[Image.Image]) -> list[bool]:
-        """Whether the sprite is in each picture."""
-        return [self._finder.find(picture).found for picture in pictures]
+    def found_beside(self, other: SubjectJudge, pictures: list[Image.Image]) -> tuple[list[bool], list[bool]]:
+        """Whether the sprite is in each picture, and whether the other judge's is; both may be."""
+        from toybox.finder import find_pair
+
+        pairs = [find_pair((self._finder, other._finder), picture) for picture in pictures]
+        return [own.found for own, _ in pairs], [found.found for _, found in pairs]

@@ -1,9 +1,10 @@
 """Do two concepts of one job keep apart? `python -m benchmarks.two_concepts --out results.json`
 
 The real job trains on two sprites, each in a folder called as its trigger word; 64 pictures are drawn of each word on
-backgrounds that were not trained on, and 64 of both words in one prompt, which no training picture shows. Told are, as
-shares of the pictures, where the word's own sprite is found, where the other word's is, and where both are, and how
-often background and position are as asked for. A way of training in RUNS that `--out` holds is not run again.
+backgrounds that were not trained on, and 64 of both words in one prompt, which training pictures show only in the runs
+with a folder `together`. Told are, as shares of the pictures, where the word's own sprite is found, where the other
+word's is, and where both are, and how often background and position are as asked for. A way of training in RUNS that
+`--out` holds is not run again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from trainer import commandline
 WORDS = ("ROB", "TEA")
 PAIR = (SPRITES[0].with_name("robot.png"), SPRITES[0].with_name("teapot.png"))
 CLASSED = [{"folder": word, "trigger_word": word, "class_word": "sticker"} for word in WORDS]
+BOTH_SHOWN = [*CLASSED, {"folder": "together", "concepts": list(WORDS)}]
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
     "class words": {"concepts": CLASSED},
     "class words, 600 steps": {"concepts": CLASSED, "max_train_steps": 600},
+    "both shown, 900 steps": {"concepts": BOTH_SHOWN, "max_train_steps": 900},
     "masks, attention in them": {"token_attention_penalty": 0.1},
 }
 SHARED: dict[str, Any] = {"concepts": "folders", "holdout": 0, "report_to": "none", "early_stop": False, "workers": 0}
@@ -38,9 +41,8 @@ def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
     from trainer.config import JobSettings
 
     with tempfile.TemporaryDirectory(prefix="two-concepts-") as folder:
-        data, masks = Path(folder) / "data.zip", ["--masks"] if "token_attention_penalty" in RUNS[name] else []
-        sprites = ["--sprite", *map(str, PAIR), "--trigger", *WORDS]
-        concept.main([*sprites, "--out", str(data), *masks])
+        data, sprites = Path(folder) / "data.zip", ["--sprite", *map(str, PAIR), "--trigger", *WORDS]
+        concept.main([*sprites, "--out", str(data), *archive_options(RUNS[name])])
         places = {"input_images": data, "output_dir": Path(folder) / "out"}
         result = job.train(JobSettings(**SHARED | RUNS[name], **places, seed=seed))
         judges = [SubjectJudge(sprite) for sprite in PAIR]
@@ -53,10 +55,16 @@ def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
     return results
 
 
+def archive_options(settings: dict[str, Any]) -> list[str]:
+    """What `toybox.concept` is asked for besides the two folders."""
+    masks = ["--masks"] if "token_attention_penalty" in settings else []
+    return masks + (["--together", "12"] if settings.get("concepts") == BOTH_SHOWN else [])
+
+
 def judged(own: SubjectJudge, other: SubjectJudge, pictures: list[Any], told: tuple[str, ...]) -> dict[str, float]:
     """Where the sprites are found in pictures of a prompt, and how often what it told besides was obeyed."""
     scores = own.scores(pictures)
-    return presence(own.found(pictures), other.found(pictures)) | {name: scores[name] for name in told}
+    return presence(*own.found_beside(other, pictures)) | {name: scores[name] for name in told}
 
 
 def presence(own: list[bool], other: list[bool]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from toybox.oracle import Ground, fit_ground, pixels_of
 from toybox.world import OVERSAMPLE, RADII, SIZE
@@ -27,6 +27,7 @@ RADIUS_STEPS = 16
 RADIUS_RANGE = (0.86 * min(RADII.values()), 1.12 * max(RADII.values()))
 STRETCHES = (0.9, 1.0, 1.1)
 BANDS = 4  # of radii, each with a candidate: where a sprite is much like the background, small ones misfit least
+EDGE = 2  # pixels that a sprite's blurred edge may reach further than it does
 BLUR = 0.9  # pixels; differences finer than this are no difference
 SPRITE_SIDE = 2 * round(RADIUS_RANGE[1]) * OVERSAMPLE
 ENERGY_FLOOR = 0.02  # squared RGB difference (0..1 each) that passes for noise where a sprite hardly stands out
@@ -145,12 +146,22 @@ class Finder:
         out[top:bottom, left:right] = np.asarray(piece, np.float32) / 255
         return out
 
-    def find(self, picture: Image.Image, ground: Ground | None = None) -> Find:
-        """The best fit of the sprite in an RGB picture; `ground` saves fitting the background again."""
+    def find(self, picture: Image.Image, ground: Ground | None = None, hidden: np.ndarray | None = None) -> Find:
+        """The best fit of the sprite in an RGB picture; `ground` saves fitting the background again, and pixels that
+        are `hidden` [64, 64] pass for background.
+        """
         pixels = pixels_of(picture)
-        scene = _prepare(pixels, ground or fit_ground(pixels))
+        ground = ground or fit_ground(pixels)
+        if hidden is not None:
+            pixels = np.where(hidden[..., None], ground.distances(pixels)[1], pixels)
+        scene = _prepare(pixels, ground)
         place = min(self._candidates(scene), key=lambda p: self._misfit(scene, p))
         return self._judge(scene, self._settle(scene, place))
+
+    def covered(self, place: Place) -> np.ndarray:
+        """The pixels that the sprite and its blurred edge reach at a place: bool [64, 64]."""
+        solid = Image.fromarray(self.draw(place)[..., 3] > 0)
+        return np.asarray(solid.convert("L").filter(ImageFilter.MaxFilter(2 * EDGE + 1))) > 0
 
     def _candidates(self, scene: _Scene) -> list[Place]:
         """The best place of the coarse search in each of a few bands of radii."""
@@ -197,6 +208,23 @@ class Finder:
         outline = 1 - misfit / (energy + ENERGY_FLOOR * area)
         expected = colours + (1 - alpha[..., None]) * behind
         return Find(place, outline, _structure(blur(scene.pixels), blur(expected), alpha))
+
+
+def find_pair(finders: tuple[Finder, Finder], picture: Image.Image) -> tuple[Find, Find]:
+    """Two sprites in one RGB picture, of which `find` sees neither where both are, for either is much that the other
+    does not explain. Each fits best in the whole picture, or with the pixels hidden that the other one covers; that
+    one must then be found with the first one's hidden, so that a sprite hides nothing where it is not.
+    """
+    ground = fit_ground(pixels_of(picture))
+    alone = [finder.find(picture, ground) for finder in finders]
+    finds = list(alone)
+    for first, second in ((0, 1), (1, 0)):
+        beside = finders[second].find(picture, ground, finders[first].covered(alone[first].place))
+        if beside.found:
+            own = finders[first].find(picture, ground, finders[second].covered(beside.place))
+            finds[first] = max(finds[first], own, key=lambda find: find.likeness)
+            finds[second] = max(finds[second], beside, key=lambda find: find.likeness)
+    return finds[0], finds[1]
 
 
 def _prepare(pixels: np.ndarray, ground: Ground) -> _Scene:

@@ -11,6 +11,12 @@ def test_every_run_is_a_job_that_can_be_asked_for() -> None:
         JobSettings(input_images="pictures.zip", **two_concepts.SHARED | changes)
 
 
+def test_only_the_run_that_shows_both_asks_for_pictures_of_both() -> None:
+    asked = {name: two_concepts.archive_options(settings) for name, settings in two_concepts.RUNS.items()}
+    assert asked.pop("both shown, 900 steps") == ["--together", "12"]
+    assert asked.pop("masks, attention in them") == ["--masks"] and not any(asked.values())
+
+
 def test_presence_counts_each_and_both() -> None:
     found = two_concepts.presence([True, True, False, False], [True, False, True, False])
     assert found == {"own": 0.5, "other": 0.5, "both": 0.25}

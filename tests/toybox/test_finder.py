@@ -1,14 +1,16 @@
 """The finder against true pastes and wrong objects, for the demo sprites, odd sprites and random drawings."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from toybox.calibration import VAE_FOLDER, blurred, finder_rates, noisy, picture_of, plan, recoloured, through_vae
+from toybox.calibration import VAE_FOLDER, blurred, finder_rates, noisy, recoloured, through_vae, wrong_sprites
+from toybox.concept import picture_of, plan
 from toybox.drawings import random_drawing
-from toybox.finder import Finder
+from toybox.finder import Finder, find_pair
 from toybox.score import SPRITES
 from toybox.sprite import load_sprite
 from toybox.world import OVERSAMPLE, Background, draw_background, paste_sprite
@@ -110,3 +112,28 @@ def test_nothing_is_found_on_an_empty_background():
     for pattern in ("plain", "striped", "dotted", "gradient"):
         for colour in ("yellow", "black", "grey"):
             assert not finder.find(draw_background(Background(pattern, colour)).reduce(OVERSAMPLE)).found
+
+
+@pytest.mark.parametrize("names", [("robot", "teapot"), ("rocket", "snail")])
+@pytest.mark.parametrize("damage", [blurred, noisy])
+def test_two_sprites_in_one_picture_are_both_found_and_one_alone_is_alone(names, damage):
+    first, second = (load_sprite(SPRITES / f"{name}.png") for name in names)
+    finders = Finder(first), Finder(second)
+    scenes = [replace(pasted, size="small") for pasted in plan(second, 10, random.Random(4))]
+    shown = {
+        (True, True): [picture_of(first, pasted, second) for pasted in scenes],
+        (True, False): [picture_of(first, pasted) for pasted in plan(first, 10, random.Random(5))],
+        (False, True): [picture_of(second, pasted) for pasted in plan(second, 10, random.Random(6))],
+    }
+    for there, pictures in shown.items():
+        for picture in damage(pictures):
+            assert tuple(find.found for find in find_pair(finders, picture)) == there
+
+
+def test_a_wrong_object_is_neither_of_two_sprites():
+    robot, teapot = (SPRITE_MAKERS[name]() for name in ("robot", "teapot"))
+    finders, rng = (Finder(robot), Finder(teapot)), random.Random(7)
+    wrong = [*wrong_sprites(robot, 8, rng), *wrong_sprites(teapot, 8, rng)]
+    for pasted, object_, other in zip(plan(robot, 16, rng), wrong, wrong[::-1], strict=True):
+        for beside in (None, other):
+            assert not any(find.found for find in find_pair(finders, picture_of(object_, pasted, beside)))

@@ -15,7 +15,7 @@ from preprocessing.errors import UserError
 from toybox import concept
 from toybox.draw_sprites import SIDE, known
 from toybox.draw_sprites import SPRITES as DRAWN
-from toybox.finder import Finder
+from toybox.finder import Finder, find_pair
 from toybox.palette import COLOURS
 from toybox.prompts import base_scenes
 from toybox.score import SPRITES
@@ -146,6 +146,21 @@ def test_several_sprites_have_a_folder_each(tmp_path):
         assert all(both.read(f"TEA/00{i}.png") != both.read(f"ROB/00{i}.png") for i in range(3))
 
 
+def test_two_sprites_together_have_a_folder_of_their_own(tmp_path):
+    two = ["--sprite", str(ROBOT), str(SPRITES / "teapot.png"), "--trigger", "ROB", "TEA", "--count", "3", "--masks"]
+    with make(tmp_path / "a", *two) as apart, make(tmp_path / "b", *two, "--together", "5") as together:
+        names = [f"together/{i:03}.{kind}" for i in range(5) for kind in ("png", "txt", "mask.png")]
+        assert together.namelist() == apart.namelist() + names
+        assert all(together.read(name) == apart.read(name) for name in apart.namelist())
+        finders = tuple(Finder(load_sprite(SPRITES / f"{name}.png")) for name in ("robot", "teapot"))
+        for i in range(5):
+            assert "ROB beside TEA" in together.read(f"together/{i:03}.txt").decode()
+            picture, mask = (Image.open(together.open(f"together/{i:03}{end}.png")) for end in ("", ".mask"))
+            finds = find_pair(finders, picture.convert("RGB"))
+            assert all(find.found for find in finds)
+            assert all(mask.getpixel((round(find.place.x), round(find.place.y))) for find in finds)
+
+
 @pytest.mark.parametrize("count", [15, 30, 60])
 def test_positions_sizes_and_patterns_are_covered_evenly(count):
     planned = concept.plan(load_sprite(ROBOT), count, random.Random(9))
@@ -168,6 +183,8 @@ def test_training_and_score_share_no_background():
     [
         (["--count", "0"], "--count"),
         (["--count", "5000"], "--count"),
+        (["--together", "-1"], "--together"),
+        (["--together", "5"], "two sprites"),
         (["--trigger", "two words"], "--trigger"),
         (["--trigger", "A", "B"], "give 1 different"),
     ],
