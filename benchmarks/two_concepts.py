@@ -51,7 +51,7 @@ def measure(name: str, seed: int) -> dict[str, dict[str, float]]:
             own.generator.use(result.archive)
             results[word] = judged(own, other, own.draw(word), ("background", "position"))
         both = " beside ".join(WORDS)  # where each should be is not said
-        results[both] = judged(*judges, judges[-1].draw(both), ("background",))
+        results[both] = judged(*judges[::-1], judges[-1].draw(both), ("background",))
     return results
 
 
